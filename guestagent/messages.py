@@ -1,0 +1,263 @@
+"""The values of the agent protocol: what the host asks for, what a guest tells, and the events of a session.
+
+All are frozen. What the host builds is checked when it is built (BadRequest names the field); what a guest
+sent was checked by `guestagent.wire` before it became one of these. Offsets count bytes from 0 a stream.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from enum import IntEnum
+
+from guestagent.errors import BadRequest, GuestRefused
+
+PROTOCOL_VERSION = 1
+U16_MAX = 2**16 - 1
+U32_MAX = 2**32 - 1
+U64_MAX = 2**64 - 1
+MAIN_PROC = 1
+VOLUME_UUID_BYTES = 16
+MAX_LAYERS = 128
+MIN_ENTROPY_BYTES = 32
+MAX_ENTROPY_BYTES = 4096
+MAX_SIGNAL = 64
+_HOSTNAME = re.compile(rb"[A-Za-z0-9]([A-Za-z0-9.-]{0,62}[A-Za-z0-9])?")
+_MACHINE_ID = re.compile(rb"[0-9a-f]{32}")
+
+
+class Kind(IntEnum):
+    """The first field of every message. Below 64 the host says it, from 64 on the agent."""
+
+    HELLO = 1
+    CONFIGURE = 2
+    START = 3
+    STDIN = 4
+    ACK = 5
+    SIGNAL = 6
+    WINSIZE = 7
+    STATS = 8
+    SHUTDOWN = 9
+    FORGET = 10
+    REPLY = 64
+    OUTPUT = 65
+    EXITED = 66
+    STDIN_ACK = 67
+    EVENT = 68
+
+
+class Stream(IntEnum):
+    """An output stream of a process. STDOUT is also the one stream of a process on a tty."""
+
+    STDOUT = 1
+    STDERR = 2
+
+
+def require(condition: bool, problem: str) -> None:
+    """BadRequest(problem) unless `condition`."""
+    if not condition:
+        raise BadRequest(problem)
+
+
+def require_uint(value: int, name: str, maximum: int, minimum: int = 0) -> None:
+    """BadRequest unless minimum ≤ value ≤ maximum."""
+    require(minimum <= value <= maximum, f"{name} = {value} is outside {minimum} … {maximum}")
+
+
+@dataclass(frozen=True)
+class Configure:
+    """What makes a booted guest one particular sandbox. Given once per boot (a second time is EALREADY).
+
+    `layers` are EROFS volume uuids (16 bytes each), lowest first. `upper_mib` bounds the writable layer.
+    `entropy` is at least 32 fresh random bytes; never use the same twice. `machine_id` is 32 hex digits.
+    `deadline_ms` is how long the guest may wait for its layers' devices.
+    """
+
+    hostname: bytes
+    layers: tuple[bytes, ...]
+    upper_mib: int
+    entropy: bytes
+    machine_id: bytes
+    time_unix_ns: int
+    deadline_ms: int
+
+    def __post_init__(self) -> None:
+        require(bool(_HOSTNAME.fullmatch(self.hostname)), f"hostname {self.hostname!r} is not a host name")
+        require(1 <= len(self.layers) <= MAX_LAYERS, f"{len(self.layers)} layers, need 1 … {MAX_LAYERS}")
+        for uuid in self.layers:
+            require(len(uuid) == VOLUME_UUID_BYTES, f"layer uuid {uuid.hex()} is not 16 bytes")
+        require(len(set(self.layers)) == len(self.layers), "two layers have the same uuid")
+        require_uint(self.upper_mib, "upper_mib", U32_MAX, 1)
+        require_uint(len(self.entropy), "bytes of entropy", MAX_ENTROPY_BYTES, MIN_ENTROPY_BYTES)
+        require(bool(_MACHINE_ID.fullmatch(self.machine_id)), "machine_id is not 32 lower-case hex digits")
+        require_uint(self.time_unix_ns, "time_unix_ns", U64_MAX, 1)
+        require_uint(self.deadline_ms, "deadline_ms", U32_MAX, 1)
+
+
+@dataclass(frozen=True)
+class StartProcess:
+    """A process to start. `proc` is the host's number for it, never used twice in a guest; 1 is main.
+
+    `env` holds `K=V` each. `user` is empty (root), `uid[:gid]`, or a name of the guest's own /etc/passwd.
+    `rows` and `cols` count characters and matter with `tty` only. Without `stdin` it reads end of file.
+    """
+
+    proc: int
+    argv: tuple[bytes, ...]
+    env: tuple[bytes, ...] = ()
+    cwd: bytes = b"/"
+    user: bytes = b""
+    tty: bool = False
+    rows: int = 24
+    cols: int = 80
+    stdin: bool = False
+
+    def __post_init__(self) -> None:
+        require_uint(self.proc, "proc", U32_MAX, 1)
+        require(bool(self.argv) and bool(self.argv[0]), "argv is empty")
+        for name, items in (("argv", self.argv), ("env", self.env)):
+            require(len(items) <= 4096, f"{name} has {len(items)} entries, at most 4096")
+            require(not any(b"\x00" in item for item in items), f"{name} has a NUL byte in it")
+        require(all(b"=" in item[1:] for item in self.env), "env has an entry that is not K=V")
+        require(self.cwd.startswith(b"/") and b"\x00" not in self.cwd, f"cwd {self.cwd!r} is not absolute")
+        require(b"\x00" not in self.user, "user has a NUL byte in it")
+        require_uint(self.rows, "rows", U16_MAX)
+        require_uint(self.cols, "cols", U16_MAX)
+
+
+@dataclass(frozen=True)
+class ProcState:
+    """A process as the guest's HELLO tells it. Claims of a guest: true as far as the guest is honest.
+
+    `stdin_offset` is the next byte of stdin the agent takes; `out_offset` and `err_offset` are the oldest
+    bytes of output it still holds.
+    """
+
+    proc: int
+    pid: int
+    exited: bool
+    stdin_offset: int
+    out_offset: int
+    err_offset: int
+
+
+@dataclass(frozen=True)
+class GuestState:
+    """The guest's answer to HELLO. `boot_id` tells one boot from the next (claimed, safe to show)."""
+
+    version: int
+    agent: str
+    boot_id: str
+    configured: bool
+    procs: tuple[ProcState, ...]
+
+
+@dataclass(frozen=True)
+class GuestStats:
+    """The guest's own counters, units in the names (psi_*_us: total stalled time). Claims of a guest."""
+
+    mem_total_kib: int
+    mem_free_kib: int
+    mem_available_kib: int
+    cached_kib: int
+    shmem_kib: int
+    anon_kib: int
+    psi_mem_some_us: int
+    psi_mem_full_us: int
+    psi_cpu_some_us: int
+    psi_io_some_us: int
+    cpu_user_us: int
+    cpu_system_us: int
+    uptime_ms: int
+    procs: int
+    oom_kills: int
+    pgfault: int
+    refault: int
+    agent_rss_kib: int
+    cpus_online: int
+
+
+@dataclass(frozen=True)
+class Reply:
+    """A REPLY as it came, before it is matched with its request. `body` is still untyped."""
+
+    request_id: int
+    errno: int
+    body: object
+
+
+@dataclass(frozen=True)
+class Synced:
+    """The agent answered SYNC: send `AgentSession.hello()`."""
+
+
+@dataclass(frozen=True)
+class HelloReceived:
+    """The session is ready. `rebooted`: the guest is not in the boot that the carry came from."""
+
+    state: GuestState
+    rebooted: bool = False
+
+
+@dataclass(frozen=True)
+class ReplyReceived:
+    """The one answer to a request: `refused`, or `body` (START: guest pid, STATS: GuestStats, else None)."""
+
+    request_id: int
+    kind: Kind
+    body: int | GuestStats | None = None
+    refused: GuestRefused | None = None
+
+    def result(self) -> int | GuestStats | None:
+        """The body; raises GuestRefused when the guest refused."""
+        if self.refused is not None:
+            raise self.refused
+        return self.body
+
+
+@dataclass(frozen=True)
+class Output:
+    """`data` of a stream, exactly after what came before. `AgentSession.ack` it once it is held safely."""
+
+    proc: int
+    stream: Stream
+    offset: int
+    data: bytes
+
+
+@dataclass(frozen=True)
+class OutputEnded:
+    """The stream is complete: `offset` bytes in all. Told once a session."""
+
+    proc: int
+    stream: Stream
+    offset: int
+
+
+@dataclass(frozen=True)
+class Exited:
+    """The process is gone and all its output has come. `code` is -1 when `signal` (else 0) ended it."""
+
+    proc: int
+    code: int
+    signal: int
+    core: bool
+
+
+@dataclass(frozen=True)
+class StdinAcked:
+    """Bytes of stdin before `offset` reached the process, or were dropped because it closed its end."""
+
+    proc: int
+    offset: int
+
+
+@dataclass(frozen=True)
+class GuestEvent:
+    """Something the guest says happened ("oom_kill", "psi_memory"). Names are safe to show."""
+
+    name: str
+    values: tuple[tuple[str, int], ...]
+
+
+AgentEvent = Synced | HelloReceived | ReplyReceived | Output | OutputEnded | Exited | StdinAcked | GuestEvent
