@@ -51,3 +51,7 @@ class StoreBusy(CacheError):
 
 class OutOfSpace(CacheError):
     """The store's file system is too full for this write: free space or collect garbage, then retry."""
+
+
+class NotAllowed(CacheError):
+    """Only the operator may do this (publishing into the public domain): have it signed, or use another domain."""
