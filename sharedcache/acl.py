@@ -32,7 +32,9 @@ def encode_acl(text: bytes, where: str) -> bytes:
         line = raw.partition(b"#")[0].strip()
         if line:
             entries.append(_parse_entry(line, where))
-    return b"\x02\x00\x00\x00" + b"".join(_ENTRY.pack(*entry) for entry in sorted(entries, key=lambda e: (e[0], e[2])))
+    return b"\x02\x00\x00\x00" + b"".join(
+        _ENTRY.pack(*entry) for entry in sorted(entries, key=lambda e: (e[0], e[2]))
+    )
 
 
 def _parse_entry(line: bytes, where: str) -> tuple[int, int, int]:
@@ -41,7 +43,11 @@ def _parse_entry(line: bytes, where: str) -> tuple[int, int, int]:
         raise BadArchive(f"ACL entry {line[:60]!r} is not kind:id:permissions", where=where)
     kind = _SHORT.get(parts[0], parts[0])
     tag = _TAGS.get((kind, bool(parts[1])))
-    if tag is None or len(parts[2]) != 3 or any(c not in (w, 0x2D) for c, w in zip(parts[2], b"rwx", strict=True)):
+    if (
+        tag is None
+        or len(parts[2]) != 3
+        or any(c not in (w, 0x2D) for c, w in zip(parts[2], b"rwx", strict=True))
+    ):
         raise BadArchive(f"ACL entry {line[:60]!r} is not kind:id:permissions", where=where)
     permissions = sum(bit for c, bit in zip(parts[2], (4, 2, 1), strict=True) if c != 0x2D)
     if not parts[1]:

@@ -32,7 +32,7 @@ class Limits:
     xattr_bytes: int = 65_536
     extension_bytes: int = 1 * _MIB
     sparse_extents: int = 65_536
-    metadata_bytes: int = 256 * _MIB
+    metadata_bytes: int = 512 * _MIB
     file_bytes: int = 1024 * _GIB
     total_bytes: int = 64 * _GIB
     expansion: int = 2_000

@@ -24,7 +24,9 @@ class SparseMap:
     extents: tuple[tuple[int, int], ...]
 
 
-def make_map(size: int, runs: Iterable[tuple[int, int]], stored: int, limits: Limits, where: str) -> SparseMap:
+def make_map(
+    size: int, runs: Iterable[tuple[int, int]], stored: int, limits: Limits, where: str
+) -> SparseMap:
     """Check a map against the file: runs ascend, stay inside `size`, and add up to the `stored` bytes."""
     extents = tuple((offset, length) for offset, length in runs if length)
     if len(extents) > limits.sparse_extents:
@@ -32,7 +34,9 @@ def make_map(size: int, runs: Iterable[tuple[int, int]], stored: int, limits: Li
     edge = total = 0
     for offset, length in extents:
         if offset < edge or length < 0 or offset + length > size:
-            raise BadArchive(f"sparse map has a run at {offset} of {length} bytes, out of order or size", where=where)
+            raise BadArchive(
+                f"sparse map has a run at {offset} of {length} bytes, out of order or size", where=where
+            )
         edge = offset + length
         total += length
     if total != stored:

@@ -22,9 +22,22 @@ class _ReadsInto(Protocol):
 class HashingInput:
     """A bounded window over `source`; `total` counts the bytes read, `digest()` covers exactly those."""
 
-    __slots__ = ("_limit_bytes", "_progress", "_readinto", "_sha256", "_source", "buf", "end", "pos", "total", "view")
+    __slots__ = (
+        "_limit_bytes",
+        "_progress",
+        "_readinto",
+        "_sha256",
+        "_source",
+        "buf",
+        "end",
+        "pos",
+        "total",
+        "view",
+    )
 
-    def __init__(self, source: BinaryIO, *, limit_bytes: int, progress: Callable[[int], None] | None = None) -> None:
+    def __init__(
+        self, source: BinaryIO, *, limit_bytes: int, progress: Callable[[int], None] | None = None
+    ) -> None:
         self._source = source
         self._readinto = cast(_ReadsInto, source).readinto if hasattr(source, "readinto") else None
         self._limit_bytes = limit_bytes

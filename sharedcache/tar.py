@@ -27,7 +27,7 @@ _KINDS = {
     b"0": REGULAR, b"\x00": REGULAR, b"7": REGULAR, b"S": REGULAR, b"1": HARDLINK, b"2": SYMLINK,
     b"3": CHARACTER, b"4": BLOCK, b"5": DIRECTORY, b"6": FIFO,
 }  # fmt: skip
-_EXTENSIONS = frozenset((b"x", b"g", b"L", b"K", b"X"))
+_EXTENSIONS = frozenset((b"x", b"g", b"L", b"K", b"X", b"V"))
 _OVERLAY_PREFIXES = (b"trusted.overlay.", b"user.overlay.")
 _TRUNCATED = "the archive was cut short: copy it again"
 Xattrs = tuple[tuple[bytes, bytes], ...]
@@ -85,14 +85,19 @@ class TarReader:
             raise StopIteration
         header = self._headers.parse(block, self._stream.offset() - BLOCK_BYTES)
         records: list[tuple[bytes, bytes]] = []
+        budget = self._limits.extension_bytes
         while header.kind in _EXTENSIONS:
+            budget -= header.size
+            if header.size < 0 or budget < 0:
+                allowed = self._limits.extension_bytes
+                raise LimitExceeded("extension_bytes", allowed=allowed, where=printable(header.path))
             self._read_extension(header, records)
             block = self._next_block()
             if block is None:
-                raise BadArchive("ends after an extended header", where=printable(self._path), remedy=_TRUNCATED)
+                raise BadArchive(
+                    "ends after an extended header", where=printable(self._path), remedy=_TRUNCATED
+                )
             header = self._headers.parse(block, self._stream.offset() - BLOCK_BYTES)
-        while header.kind == b"V":  # a volume label is no member
-            return self.__next__()
         self._entry_count += 1
         if self._entry_count > self._limits.entries:
             raise LimitExceeded("entries", allowed=self._limits.entries, where=printable(header.path))
@@ -100,19 +105,21 @@ class TarReader:
             return self._build_extended(header, block, records)
         return self._build(header, header.path, header.link, header.size, (header.mtime_s, 0), (), None)
 
-    def chunk(self) -> memoryview:
-        """The next piece of the current entry's data, empty at its end; valid until the next call."""
-        stream, left = self._stream, self._left
-        have = stream.end - stream.pos
-        if not have and left:
+    def chunk(self, limit_bytes: int) -> memoryview:
+        """The next 1..`limit_bytes` bytes of the current entry's data, as many as are at hand; valid until
+        the next call. `limit_bytes` never goes beyond the entry's size."""
+        stream = self._stream
+        pos = stream.pos
+        have = stream.end - pos
+        if not have:
             if not stream.need(1):
                 raise self._cut_off()
-            have = stream.end - stream.pos
-        n_bytes = left if left < have else have
-        view = stream.view[stream.pos : stream.pos + n_bytes]
-        stream.pos += n_bytes
-        self._left = left - n_bytes
-        return view
+            pos = stream.pos
+            have = stream.end - pos
+        n_bytes = limit_bytes if limit_bytes < have else have
+        stream.pos = pos + n_bytes
+        self._left -= n_bytes
+        return stream.view[pos : pos + n_bytes]
 
     # ── headers ──
 
@@ -132,9 +139,8 @@ class TarReader:
         return None
 
     def _read_extension(self, header: Header, records: list[tuple[bytes, bytes]]) -> None:
-        if header.size > self._limits.extension_bytes or header.size < 0:
-            limit = self._limits.extension_bytes
-            raise LimitExceeded("extension_bytes", allowed=limit, where=printable(header.path))
+        if header.kind == b"V":  # a volume label is no member
+            return
         body = self._take(header.size, printable(header.path))
         if header.kind in (b"L", b"K"):
             text = cut_text(body, "GNU long name", printable(body[:100]))
@@ -146,10 +152,14 @@ class TarReader:
             return
         for key, value in parsed:
             if key in (b"path", b"linkpath", b"size") or key.startswith(b"GNU.sparse."):
-                raise BadArchive(f"global pax header sets {printable(key)} for every entry", where=printable(header.path))
+                raise BadArchive(
+                    f"global pax header sets {printable(key)} for every entry", where=printable(header.path)
+                )
             self._globals[key] = value
         if sum(len(key) + len(value) for key, value in self._globals.items()) > self._limits.extension_bytes:
-            raise LimitExceeded("extension_bytes", allowed=self._limits.extension_bytes, where="global pax header")
+            raise LimitExceeded(
+                "extension_bytes", allowed=self._limits.extension_bytes, where="global pax header"
+            )
 
     def _take(self, n_bytes: int, where: str) -> bytes:
         """`n_bytes` of data and its padding, copied out (they may be more than the window holds)."""
@@ -157,7 +167,9 @@ class TarReader:
         parts = []
         while padded:
             if not self._stream.need(1):
-                raise BadArchive("the archive ends inside this extended header", where=where, remedy=_TRUNCATED)
+                raise BadArchive(
+                    "the archive ends inside this extended header", where=where, remedy=_TRUNCATED
+                )
             stream = self._stream
             step = min(padded, stream.end - stream.pos)
             parts.append(bytes(stream.view[stream.pos : stream.pos + step]))
@@ -204,6 +216,8 @@ class TarReader:
                 raise LimitExceeded("file_bytes", allowed=self._limits.file_bytes, where=printable(path))
             if path.endswith(b"/") and header.kind in (b"0", b"\x00"):  # v7 tar marks folders by name only
                 kind = DIRECTORY
+                if size:
+                    raise BadArchive("a folder with data", where=printable(path))
             stored = sum(length for _, length in holes.extents) if holes is not None else size
             self._left, self._pad = stored, -stored % BLOCK_BYTES
             size = stored
@@ -214,7 +228,9 @@ class TarReader:
         if not -(1 << 63) <= mtime[0] < 1 << 63:
             raise BadArchive(f"mtime {mtime[0]} does not fit 64 bits", where=printable(path))
         device = self._device(header, path) if kind in (CHARACTER, BLOCK) else (0, 0)
-        return Entry(kind, path, header.mode, header.uid, header.gid, *mtime, size, link, device, xattrs, holes)
+        return Entry(
+            kind, path, header.mode, header.uid, header.gid, *mtime, size, link, device, xattrs, holes
+        )
 
     def _device(self, header: Header, path: bytes) -> tuple[int, int]:
         major = parse_number(header.dev_major, "device major", printable(path))
@@ -253,14 +269,18 @@ class TarReader:
             return None
         if _KINDS.get(header.kind) != REGULAR:
             raise BadArchive("sparse map on something that is not a file", where=where)
-        real = pax.parse_size(keys.get(b"GNU.sparse.realsize") or keys.get(b"GNU.sparse.size", b""), "sparse size", where)
+        real = pax.parse_size(
+            keys.get(b"GNU.sparse.realsize") or keys.get(b"GNU.sparse.size", b""), "sparse size", where
+        )
         if keys.get(b"GNU.sparse.major", b"0") == b"1":
             runs, used = self._take_map(size, where)
             return sparse.make_map(real, runs, size - used, self._limits, where)
         if b"GNU.sparse.map" in keys:
             numbers = [text for text in keys[b"GNU.sparse.map"].split(b",") if text]
         else:
-            numbers = [value for key, value in records if key in (b"GNU.sparse.offset", b"GNU.sparse.numbytes")]
+            numbers = [
+                value for key, value in records if key in (b"GNU.sparse.offset", b"GNU.sparse.numbytes")
+            ]
         return sparse.make_map(real, sparse.parse_pairs(numbers, where), size, self._limits, where)
 
     def _old_gnu_map(self, block: bytes, size: int, where: str) -> sparse.SparseMap:
@@ -277,18 +297,21 @@ class TarReader:
 
     def _take_map(self, size: int, where: str) -> tuple[list[tuple[int, int]], int]:
         """The 1.0 map in front of the data: decimal lines (count, then pairs). Returns runs and bytes used."""
-        text = b""
-        needed = 1
-        while text.count(b"\n") < needed:
-            if len(text) + BLOCK_BYTES > size + BLOCK_BYTES - 1 or len(text) > self._limits.extension_bytes:
+        text = bytearray()
+        lines, needed = 0, 1
+        while lines < needed:
+            if len(text) + BLOCK_BYTES > min(size, self._limits.extension_bytes):
                 raise BadArchive("sparse map does not end within the file's data", where=where)
             text += self._take(BLOCK_BYTES, where)
-            if needed == 1 and b"\n" in text:
-                count = pax.parse_size(text.partition(b"\n")[0], "sparse run count", where)
+            lines += text.count(b"\n", len(text) - BLOCK_BYTES)
+            if needed == 1 and lines:
+                count = pax.parse_size(bytes(text.partition(b"\n")[0]), "sparse run count", where)
                 if count > self._limits.sparse_extents:
                     raise LimitExceeded("sparse_extents", allowed=self._limits.sparse_extents, where=where)
                 needed = 1 + 2 * count
-        return sparse.parse_pairs(text.split(b"\n")[1:needed], where), len(text)
+        return sparse.parse_pairs(bytes(text).split(b"\n")[1:needed], where), len(text)
 
     def _cut_off(self) -> BadArchive:
-        return BadArchive("the archive ends inside this entry's data", where=printable(self._path), remedy=_TRUNCATED)
+        return BadArchive(
+            "the archive ends inside this entry's data", where=printable(self._path), remedy=_TRUNCATED
+        )

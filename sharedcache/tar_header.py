@@ -71,7 +71,9 @@ class HeaderParser:
 
     def parse(self, block: bytes, offset: int) -> Header:
         """`block` is 512 bytes, not all zero; `offset` names it in errors. BadArchive when it is no header."""
-        (name, mode, uid, gid, size, mtime, checksum, kind, link, magic, major, minor, prefix) = _FIELDS.unpack(block)
+        (name, mode, uid, gid, size, mtime, checksum, kind, link, magic, major, minor, prefix) = (
+            _FIELDS.unpack(block)
+        )
         self._verify(block, checksum, offset)
         path = name.rstrip(b"\x00")
         if 0 in path:
@@ -88,7 +90,8 @@ class HeaderParser:
             self._small(mode, "mode", where) & 0o7777,
             self._small(uid, "uid", where),
             self._small(gid, "gid", where),
-            int(size_text, 8) if size_text.isdigit() and b"8" not in size_text and b"9" not in size_text
+            int(size_text, 8)
+            if size_text.isdigit() and b"8" not in size_text and b"9" not in size_text
             else parse_number(size, "size", where),
             parse_number(mtime, "mtime", where),
             cut_text(link, "link name", where) if link[0] else b"",
