@@ -26,7 +26,7 @@ _SHORT = {b"u": b"user", b"g": b"group", b"m": b"mask", b"o": b"other"}
 
 
 def encode_acl(text: bytes, where: str) -> bytes:
-    """The xattr value for an ACL text. BadArchive when a line is not an ACL entry or names a user by name only."""
+    """The xattr value for an ACL text. BadArchive for a line that is none, or a name without a number."""
     entries = []
     for raw in text.replace(b"\n", b",").split(b","):
         line = raw.partition(b"#")[0].strip()

@@ -1,9 +1,9 @@
 """Where file data goes in a blob, and getting it there with few large writes.
 
-Blob: block 0 is the superblock; data; folder blocks; inodes; zeros up to a multiple of 2 MiB. Files of 2 MiB
-and more start at a multiple of 2 MiB, so that a guest can map them with huge pages. That leaves a gap in front
-of each, less than 2 MiB wide; smaller files that come later fill the gaps first. What stays empty is a hole in
-the host's file and costs address space only. Placement depends on the order and sizes of files alone, so the
+Blob: block 0 is the superblock; data; folder blocks; inodes; zeros up to a multiple of 2 MiB. Files of
+2 MiB and more start at a multiple of 2 MiB, so that a guest can map them with huge pages. That leaves a gap
+in front of each, less than 2 MiB wide; smaller files that come later fill the gaps first. What stays empty
+is a hole in the host's file and costs address space only. Placement depends on the order and sizes of files alone, so the
 same tar gives the same blob everywhere.
 """
 
@@ -32,7 +32,7 @@ class BlockAllocator:
         self._limit_blocks = min(limit_bytes >> BLOCK_BITS, NO_BLOCK - 1)
 
     def reserve(self, n_bytes: int) -> int:
-        """First block of a contiguous range for `n_bytes` > 0. LimitExceeded when the blob grows too large."""
+        """First block of a contiguous range for `n_bytes` > 0. LimitExceeded when the blob is full."""
         blocks = (n_bytes + BLOCK_BYTES - 1) >> BLOCK_BITS
         if blocks >= _HUGE_BLOCKS:
             return self._extend(blocks, -self.end % _HUGE_BLOCKS)
@@ -58,7 +58,7 @@ class BlockAllocator:
 
 
 class BlobWriter:
-    """Writes at offsets of an empty file. Small neighbouring pieces are gathered; long runs of zeros are left out."""
+    """Writes at offsets of an empty file; gathers small neighbours, leaves out long runs of zeros."""
 
     __slots__ = ("_base", "_out", "_pack", "_used")
 

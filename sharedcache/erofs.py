@@ -1,9 +1,9 @@
 """From a finished tree to EROFS metadata: folder blocks, inodes, superblock.
 
 Regular files are flat and uncompressed, which is what Linux 6.1 maps with DAX (fs/erofs/inode.c: only
-FLAT_PLAIN regular files). Mostly-hole files are chunk-based with null chunks. Folder tails and link targets
-are inline behind their inode: they are never mapped, and a block each would cost 4 KiB per folder. Every inode
-has the extended form: it alone has an mtime, a 32-bit owner and a 64-bit size.
+FLAT_PLAIN regular files). Mostly-hole files are chunk-based with null chunks. Folder tails and link
+targets are inline behind their inode: they are never mapped, and a block each would cost 4 KiB. Every inode has
+the extended form: it alone has an mtime, a 32-bit owner and a 64-bit size.
 
 Metadata area: 64 unused bytes (so that no inode is number 0, and the root's number fits 16 bits), then the
 root, the other nodes breadth-first, then `Tree.table` as it stands.
@@ -40,7 +40,7 @@ _ROOT_OFFSET = 64
 
 @dataclass(slots=True)
 class _Placed:
-    """A node with its place: `offset` in the metadata area; for a folder its sorted names and block counts."""
+    """A node's place: `offset` in the metadata area; for a folder its sorted names and block counts."""
 
     node: Node
     offset: int
@@ -109,7 +109,7 @@ class _Layout:
 
 
 def write_metadata(tree: Tree, writer: BlobWriter, first_block: int, uuid: bytes) -> int:
-    """Write everything but file data behind `first_block`; the superblock last. Returns the blob's size in bytes."""
+    """Write all but file data behind `first_block`, the superblock last. Returns the blob's bytes."""
     layout = _Layout(tree)
     meta_block = first_block + layout.folder_blocks
     table_nid = layout.table_offset // SLOT_BYTES
@@ -177,6 +177,6 @@ def _pack_node(placed: _Placed, first_block: int) -> bytes:
     if node.kind in (DIRECTORY, SYMLINK):
         union = first_block + placed.first_block
     return INODE.pack(
-        inode_format(node.layout), xattr_slots(placed.xattrs), S_IFMT[node.kind] | node.mode, 0, node.size, union,
-        node.nid, node.uid, node.gid, node.mtime_s, node.mtime_ns, node.nlink,
+        inode_format(node.layout), xattr_slots(placed.xattrs), S_IFMT[node.kind] | node.mode, 0, node.size,
+        union, node.nid, node.uid, node.gid, node.mtime_s, node.mtime_ns, node.nlink,
     )  # fmt: skip

@@ -113,7 +113,7 @@ def pack_dirents(names: Sequence[bytes], nids: Sequence[int], types: Sequence[in
 def pack_superblock(
     *, root_nid: int, inodes: int, blocks: int, meta_block: int, uuid: bytes, incompat: int
 ) -> bytes:
-    """Block 0, 4096 bytes, with its checksum (crc32c from byte 1024, seed ~0, not inverted; Linux' super.c)."""
+    """Block 0, 4096 bytes, with its checksum (crc32c from byte 1024, seed ~0, not inverted; super.c)."""
     fields = [_MAGIC, 0, COMPAT_SB_CHECKSUM | COMPAT_MTIME, BLOCK_BITS, 0, root_nid, inodes, 0, 0,
               blocks, meta_block, 0, uuid, b"", incompat]  # fmt: skip
     body = _SUPERBLOCK.pack(*fields).ljust(BLOCK_BYTES - _SUPER_OFFSET, b"\0")

@@ -1,4 +1,4 @@
-"""What one layer may cost. Every bound is checked while the stream is read, before memory or disk is spent."""
+"""What one layer may cost. Every bound is checked while the stream is read, before it is spent."""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
 """Path rules for tar members: pure.
 
 Leading slashes and `.` components are dropped (as docker and GNU tar do), so `/etc/x`, `./etc/x` and
-`etc/x` are one path. A `..` component is refused wherever it stands. Names are bytes: any byte but `/` and NUL.
+`etc/x` are one path. A `..` component is refused wherever it stands. Names are bytes: any
+but `/` and NUL.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ def split_path(raw: bytes, limits: Limits) -> list[bytes]:
         raise BadArchive(
             "the path has a '..' component",
             where=printable(raw),
-            remedy="an image holds paths below its root only: do not import this archive, it tries to leave it",
+            remedy="an image holds paths below its root only: do not trust this archive",
         )
     if len(parts) > limits.path_depth:
         raise LimitExceeded("path_depth", allowed=limits.path_depth, where=printable(raw))

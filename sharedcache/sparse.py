@@ -18,7 +18,7 @@ from sharedcache.tar_header import parse_number
 
 @dataclass(frozen=True, slots=True)
 class SparseMap:
-    """`size` is the apparent size; `extents` are (offset, length) runs of data, ascending, never empty ones."""
+    """`size` is the apparent size; `extents` are (offset, length) runs of data, ascending, never empty."""
 
     size: int
     extents: tuple[tuple[int, int], ...]
@@ -45,7 +45,7 @@ def make_map(
 
 
 def parse_gnu_runs(block: bytes, start: int, count: int, where: str) -> list[tuple[int, int]]:
-    """`count` pairs of 12-byte numbers at `start` of a header or continuation block; stops at an empty one."""
+    """`count` pairs of 12-byte numbers at `start` of a header or its continuation; an empty one ends them."""
     runs = []
     for at in range(start, start + 24 * count, 24):
         if not block[at]:

@@ -34,8 +34,8 @@ Xattrs = tuple[tuple[bytes, bytes], ...]
 
 
 class Entry(NamedTuple):
-    """One member. `path` as stored. `size` counts the stored data bytes; a sparse file's apparent size is
-    `sparse.size`. `link` is a hard link's target path or a symbolic link's target. `device` is (major, minor).
+    """One member. `path` as stored. `size` counts the stored data bytes; a sparse file's apparent size
+    is `sparse.size`. `link` is a hard link's target path or a symbolic link's target. `device` is (major, minor).
     """
 
     kind: int
@@ -240,7 +240,7 @@ class TarReader:
         return major, minor
 
     def _collect_xattrs(self, merged: dict[bytes, bytes], where: str) -> Xattrs:
-        """Extended attributes by name. overlayfs's own are dropped: they direct the mount, they are no content."""
+        """Extended attributes by name. overlayfs's own are dropped: they direct a mount."""
         found: dict[bytes, bytes] = {}
         for key, value in merged.items():
             if key.startswith(pax.XATTR_PREFIX):
@@ -296,7 +296,7 @@ class TarReader:
         return sparse.make_map(real, runs, size, self._limits, where)
 
     def _take_map(self, size: int, where: str) -> tuple[list[tuple[int, int]], int]:
-        """The 1.0 map in front of the data: decimal lines (count, then pairs). Returns runs and bytes used."""
+        """The 1.0 map in front of the data: decimal lines (count, then pairs). Returns runs, bytes used."""
         text = bytearray()
         lines, needed = 0, 1
         while lines < needed:

@@ -70,7 +70,7 @@ class HeaderParser:
         self._numbers: dict[bytes, int] = {}
 
     def parse(self, block: bytes, offset: int) -> Header:
-        """`block` is 512 bytes, not all zero; `offset` names it in errors. BadArchive when it is no header."""
+        """`block` is 512 bytes, not all zero; `offset` names it in errors. BadArchive if it is none."""
         (name, mode, uid, gid, size, mtime, checksum, kind, link, magic, major, minor, prefix) = (
             _FIELDS.unpack(block)
         )
@@ -124,5 +124,5 @@ class HeaderParser:
         raise BadArchive(
             f"header checksum is {claimed}, its bytes give {sum(block) - sum(checksum) + _BLANK_CHECKSUM}",
             where=f"offset {offset}",
-            remedy="the archive is damaged or is not a tar: copy it again, or make it again with a current tar",
+            remedy="the archive is damaged or no tar: copy it again, or make it again with a current tar",
         )

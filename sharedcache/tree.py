@@ -8,10 +8,10 @@ Path and duplicate rules (the outcome of extracting with docker, stated once):
 - A hard link's target must already be in this layer and must not be a folder; links are not followed.
 - `.wh.NAME` becomes a character device 0:0 called NAME, `.wh..wh..opq` marks its folder opaque
   (trusted.overlay.opaque=y); other `.wh..wh.*` names are aufs' own and are dropped. Where the same layer has
-  NAME too, NAME stays and, if a folder, becomes opaque: whiteouts speak of lower layers only (OCI image spec).
+  NAME too, NAME stays and, if a folder, becomes opaque: whiteouts speak of lower layers only (OCI spec).
 
-Memory: an inode without attributes or payload is 64 bytes in `table` (already in its form on disk, number k at
-64*k) and is referred to by the int `k << 3 | type`; folders, links and inodes with attributes are `Node`s.
+Memory: an inode without attributes or payload is 64 bytes in `table` (already in its form on disk, number k
+at 64*k) and is referred to by the int `k << 3 | type`; folders, links and inodes with attributes are `Node`s.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ _NODE_COST = 200  # bytes of bookkeeping charged per inode or name against metad
 
 
 class Node:
-    """A folder, symbolic link, or an inode with attributes or a chunk map. Mutable until `erofs` lays it out."""
+    """A folder, link, or an inode with attributes or a chunk map. Mutable until `erofs` lays it out."""
 
     __slots__ = (
         "device_or_block", "entries", "gid", "kind", "layout", "mode", "mtime_ns", "mtime_s", "nid", "nlink",
