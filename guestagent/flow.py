@@ -84,9 +84,14 @@ class OutputLedger:
 
 @dataclass
 class StdinLedger:
-    """Stdin of one process: `unacked` are the bytes from `acked` on that were sent."""
+    """Stdin of one process: `unacked` are the bytes from `acked` on that were sent.
+
+    A host that lost its records takes the guest's offset for `acked`, while the agent may still be writing
+    bytes before it: acknowledgements from `floor` on are taken, and change nothing below `acked`.
+    """
 
     acked: int = 0
+    floor: int = 0
     unacked: bytearray = field(default_factory=bytearray)
     eof: bool = False
     open: bool = True
@@ -114,12 +119,14 @@ class StdinLedger:
         return offset
 
     def take_ack(self, proc: int, offset: int) -> None:
-        if not self.acked <= offset <= self.sent:
+        if not self.floor <= offset <= self.sent:
             raise ProtocolError(
-                f"STDIN_ACK of process {proc} at {offset}, outside {self.acked} … {self.sent}"
+                f"STDIN_ACK of process {proc} at {offset}, outside {self.floor} … {self.sent}"
             )
-        del self.unacked[: offset - self.acked]
-        self.acked = offset
+        self.floor = offset
+        if offset > self.acked:
+            del self.unacked[: offset - self.acked]
+            self.acked = offset
 
 
 @dataclass
@@ -160,7 +167,8 @@ class ProcLedger:
                 f"stdin of process {state.proc} stands at {state.stdin_offset}, "
                 f"outside {acked} … {acked + len(unacked)}"
             )
-        ledger.stdin = StdinLedger(acked, bytearray(unacked), known.stdin_eof, known.stdin_open)
+        floor = acked if known.stdin_offset is not None else max(0, acked - limits.window_bytes)
+        ledger.stdin = StdinLedger(acked, floor, bytearray(unacked), known.stdin_eof, known.stdin_open)
         ledger.resend_from = state.stdin_offset
         return ledger
 
