@@ -11,19 +11,25 @@ C_FLAGS = ["-std=c11", "-O2", "-g", "-Wall", "-Wextra", "-Werror", "-D_GNU_SOURC
 
 
 class BuildNative(build_ext):
-    """Also builds guestagent/_build/sandloom-agent, the program that is PID 1 in each guest."""
+    """Also builds sandloom-agent, PID 1 of each guest, and sandloom-monitor, which each OCI sandbox has beside it."""
 
     def run(self) -> None:
         super().run()
         subprocess.run(["make", "-s", "-C", str(ROOT / "guestagent" / "src")], check=True)
+        subprocess.run(["make", "-s", "-C", str(ROOT / "hostd" / "drivers" / "oci" / "src")], check=True)
+
+
+def files(*patterns: str) -> list[str]:
+    """Files of native/ by pattern, from the root, in a stable order."""
+    return sorted(str(path.relative_to(ROOT)) for pattern in patterns for path in (ROOT / "native").glob(pattern))
 
 
 def extension(name: str) -> Extension:
-    """`native._NAME` from its thin binding and its pure core, against the stable ABI of Python 3.11."""
+    """`native._NAME` for the stable ABI of Python 3.11: thin binding native/NAME*.c, pure core native/src/NAME*.c."""
     return Extension(
         f"native._{name}",
-        sources=[f"native/{name}module.c", f"native/src/{name}.c"],
-        depends=[f"native/src/{name}.h"],
+        sources=files(f"{name}*.c", f"src/{name}*.c"),
+        depends=files("*.h", "src/*.h"),
         include_dirs=["native/src"],
         define_macros=[("Py_LIMITED_API", "0x030B0000")],
         py_limited_api=True,

@@ -1,0 +1,60 @@
+# Two commands do everything on a fresh Debian 12 or 13 machine, as root: `make demo` and `make test`.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.ready
+SOURCES := $(wildcard native/*.[ch] native/src/*.[ch] guestagent/src/*.[ch] hostd/drivers/oci/src/*.[ch]) setup.py pyproject.toml
+PROTOS := $(wildcard controlplane/api/v1/*.proto)
+C_FILES := $(shell git ls-files '*.c' '*.h' 2>/dev/null)
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test test-quick lint bench bench-sharing bench-start bench-erofs bench-balloon-host proto clean
+
+help: ## show this help
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: $(STAMP) ## install what is missing: Debian packages, a venv, the native build
+
+$(STAMP): $(SOURCES) deploy/install-packages.sh
+	deploy/install-packages.sh
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[dev]'
+	touch $@
+
+demo: setup ## the main job: four guests of one real image, shared, resized, measured, taken down
+	$(BIN)/python -m tests.demo
+
+test: setup ## lint, then the whole suite on real guests (under 25 minutes on 2 cores)
+	$(MAKE) --no-print-directory lint
+	$(BIN)/pytest
+
+test-quick: setup ## what needs no guest and is quick (under 2 minutes)
+	$(BIN)/pytest -m 'not guest and not slow' -q
+
+lint: setup ## ruff, strict mypy, clang-format
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	clang-format --dry-run --Werror $(C_FILES)
+
+bench: bench-erofs bench-sharing bench-start bench-balloon-host ## every benchmark: a table and a JSON line each
+
+bench-erofs: setup ## layer conversion against tar -x and mkfs.erofs
+	$(BIN)/python -m tests.bench.bench_erofs
+
+bench-sharing: setup ## host memory of N guests with DAX against the same guests on virtio-blk
+	$(BIN)/python -m tests.bench.bench_sharing
+
+bench-start: setup ## cold start by phase
+	$(BIN)/python -m tests.bench.bench_start
+
+bench-balloon-host: setup ## punching a recorded list of frames: coalesced against page by page
+	$(BIN)/python -m tests.bench.bench_balloon_host
+
+proto: setup ## generate the API's Python from the protos
+	$(BIN)/python -m grpc_tools.protoc -I. --plugin=protoc-gen-mypy=$(BIN)/protoc-gen-mypy \
+		--plugin=protoc-gen-mypy_grpc=$(BIN)/protoc-gen-mypy_grpc --python_out=. --grpc_python_out=. \
+		--mypy_out=quiet:. --mypy_grpc_out=quiet:. $(PROTOS)
+
+clean: ## remove everything that was built
+	rm -rf $(VENV) build *.egg-info native/*.so guestagent/_build .mypy_cache .ruff_cache .pytest_cache

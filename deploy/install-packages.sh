@@ -1,0 +1,27 @@
+#!/bin/sh
+# Installs the Debian packages that sandloom runs and is built with, those that are missing only. Needs root then.
+set -eu
+. /etc/os-release
+case "${VERSION_ID:-}" in
+    12) msgpack=libmsgpack-dev ;;
+    *) msgpack=libmsgpack-c-dev ;;
+esac
+wanted="python3 python3-venv python3-dev gcc libc6-dev make git qemu-system-x86 erofs-utils $msgpack pkg-config
+    util-linux cpio clang-format mmdebstrap debian-archive-keyring libasan8 libubsan1 attr busybox-static skopeo umoci
+    crun runsc"
+missing=""
+for package in $wanted; do
+    dpkg-query -W -f '${db:Status-Status}' "$package" 2>/dev/null | grep -qx installed || missing="$missing $package"
+done
+if [ -n "$missing" ]; then
+    if [ "$(id -u)" != 0 ]; then
+        echo "sandloom: these Debian packages are missing:$missing: run this as root" >&2
+        exit 1
+    fi
+    echo "installing:$missing"
+    apt-get update -qq
+    # shellcheck disable=SC2086
+    DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $missing >/dev/null
+elif ! apt-cache show linux-image-cloud-amd64 >/dev/null 2>&1; then
+    apt-get update -qq # the guest kernel is fetched by package name
+fi
