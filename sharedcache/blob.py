@@ -3,7 +3,9 @@
 Blob: block 0 is the superblock; data; folder blocks; inodes; zeros up to a multiple of 2 MiB. Files of
 2 MiB and more start at a multiple of 2 MiB, so that a guest can map them with huge pages. That leaves a gap
 in front of each, less than 2 MiB wide; smaller files that come later fill the gaps first. What stays empty
-is a hole in the host's file and costs address space only. Placement depends on the order and sizes of files alone, so the
+is a hole in the host's file and costs address space only.
+
+Placement depends on the order and sizes of files alone, so the
 same tar gives the same blob everywhere.
 """
 
@@ -18,6 +20,7 @@ _HUGE_BLOCKS = HUGE_BYTES // BLOCK_BYTES
 _PACK_BYTES = 1 << 20
 _DIRECT_BYTES = 1 << 17
 _GAPS_KEPT = 64
+_ZEROS = memoryview(bytes(BLOCK_BYTES))
 _NOWHERE = 1 << 62  # no offset is at or behind it: the next piece starts a new run
 
 
@@ -60,13 +63,14 @@ class BlockAllocator:
 class BlobWriter:
     """Writes at offsets of an empty file; gathers small neighbours, leaves out long runs of zeros."""
 
-    __slots__ = ("_base", "_out", "_pack", "_used")
+    __slots__ = ("_at", "_base", "_out", "_pack", "_used")
 
     def __init__(self, out: BinaryIO) -> None:
         self._out = out
         out.seek(0)
         out.truncate(0)
-        self._pack = bytearray(_PACK_BYTES)
+        self._at = 0  # where `out` stands
+        self._pack = memoryview(bytearray(_PACK_BYTES))
         self._base = _NOWHERE
         self._used = 0
 
@@ -74,7 +78,10 @@ class BlobWriter:
         """Put `view` at `offset`. Offsets never overlap; bytes between pieces are zero."""
         n_bytes = len(view)
         at = offset - self._base
-        if 0 <= at - self._used < BLOCK_BYTES and at + n_bytes <= _PACK_BYTES:
+        gap = at - self._used
+        if 0 <= gap < BLOCK_BYTES and at + n_bytes <= _PACK_BYTES:
+            if gap:
+                self._pack[self._used : at] = _ZEROS[:gap]
             self._pack[at : at + n_bytes] = view
             self._used = at + n_bytes
             return
@@ -89,8 +96,7 @@ class BlobWriter:
     def flush(self) -> None:
         """Write out what was gathered."""
         if self._used:
-            self._write_out(self._base, memoryview(self._pack)[: self._used])
-            self._pack = bytearray(_PACK_BYTES)
+            self._write_out(self._base, self._pack[: self._used])
         self._base, self._used = _NOWHERE, 0
 
     def finish(self, size_bytes: int) -> None:
@@ -100,6 +106,8 @@ class BlobWriter:
         self._out.flush()
 
     def _write_out(self, offset: int, view: memoryview) -> None:
-        self._out.seek(offset)
+        if offset != self._at:
+            self._out.seek(offset)
+        self._at = offset + len(view)
         while view:
             view = view[self._out.write(view) :]

@@ -6,7 +6,6 @@ Owns `objects/<aa>/<key>/` after publication and `quarantine/<key>.<unix seconds
 from __future__ import annotations
 
 import errno
-import hashlib
 import os
 import secrets
 import shutil
@@ -15,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sharedcache import durable, objects
+from sharedcache.digest import file_sha256
 from sharedcache.domains import DomainBook
 from sharedcache.layout import BLOB_MODE, BLOB_NAME, META_NAME, Layout
 from sharedcache.objects import StoredObject
@@ -49,7 +49,7 @@ def measure(path: Path, gid: int) -> Measured:
     OSError when it is gone, unreadable, a symbolic link (ELOOP) or otherwise no regular file (ENXIO).
     """
     fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
-    with os.fdopen(fd, "rb", buffering=0) as file:
+    with os.fdopen(fd, "rb", buffering=0):
         status = os.fstat(fd)
         if not stat.S_ISREG(status.st_mode):
             raise OSError(errno.ENXIO, "it is no regular file", str(path))
@@ -58,7 +58,7 @@ def measure(path: Path, gid: int) -> Measured:
             os.fchown(fd, 0, gid)
             os.fchmod(fd, BLOB_MODE)
         before = _identity(os.fstat(fd))
-        digest = "sha256:" + hashlib.file_digest(file, "sha256").hexdigest()
+        digest = "sha256:" + file_sha256(fd)
     return Measured(digest, before)
 
 

@@ -16,63 +16,56 @@ from collections.abc import Callable
 from typing import BinaryIO
 
 from sharedcache.blob import BlobWriter, BlockAllocator
+from sharedcache.entry import DIRECTORY, REGULAR, SYMLINK
 from sharedcache.erofs import write_metadata
 from sharedcache.erofs_layout import BLOCK_BITS, HUGE_BYTES, NO_BLOCK
-from sharedcache.errors import OutOfSpace
+from sharedcache.errors import LimitExceeded, OutOfSpace
 from sharedcache.layer import LayerMeta
 from sharedcache.limits import Limits
+from sharedcache.node import NO_DATA, FileData
 from sharedcache.sparse import SparseMap
 from sharedcache.stream import HashingInput
-from sharedcache.tar import DIRECTORY, REGULAR, SYMLINK, TarReader
-from sharedcache.tree import NO_DATA, FileData, Tree
+from sharedcache.tar import TarReader
+from sharedcache.tree import Tree
 
 _UUID_LABEL = b"sandloom erofs layer 1\0"
-_MAX_CHUNKS = 16_384
+_MAX_CHUNKS = 65_536
+_GROWTH_FROM_BYTES = 1 << 30
 
 
 def convert_layer(
-    source: BinaryIO, out: BinaryIO, *, limits: Limits, progress: Callable[[int], None] | None = None
+    source: BinaryIO,
+    out: BinaryIO,
+    *,
+    limits: Limits,
+    end_mark: bool = True,
+    progress: Callable[[int], None] | None = None,
 ) -> LayerMeta:
     """Read an uncompressed tar from `source` to its end and write its EROFS image to `out`.
 
-    `out` is a seekable file opened for writing; what it held is dropped. `progress` gets the bytes read so
-    far, about once a MiB. Raises BadArchive (not a usable tar; names the entry), LimitExceeded (names limit
-    and entry), OutOfSpace; other OSErrors pass. After an error `out` holds no mountable image.
+    `out` is a seekable file opened for writing; what it held is dropped. Without `end_mark` a tar may end after
+    an entry's data (umoci writes such layers): only for a caller that checks the digest, and so sees a tar that
+    was cut. `progress` gets the bytes read so far, about once in 2 MiB. Raises BadArchive (not a usable tar;
+    names the entry), LimitExceeded (names limit and entry), OutOfSpace; other OSErrors pass. After an error
+    `out` holds no mountable image.
     """
     try:
-        return _convert(source, out, limits, progress)
+        return _convert(source, out, limits, end_mark, progress)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise OutOfSpace(
-                "no space for the layer's image: free some or collect garbage, then retry"
-            ) from error
+            raise OutOfSpace("no space for the layer's image: free some or collect garbage, then retry") from error
         raise
 
 
 def _convert(
-    source: BinaryIO, out: BinaryIO, limits: Limits, progress: Callable[[int], None] | None
+    source: BinaryIO, out: BinaryIO, limits: Limits, end_mark: bool, progress: Callable[[int], None] | None
 ) -> LayerMeta:
-    stream = HashingInput(source, limit_bytes=limits.total_bytes, progress=progress)
-    reader = TarReader(stream, limits)
-    tree = Tree(limits)
-    writer = BlobWriter(out)
-    allocator = BlockAllocator(limits.total_bytes)
-    data_bytes = 0
-    add = tree.add
-    for entry in reader:
-        if entry.kind != REGULAR:
-            add(entry)
-        elif entry.sparse is not None:
-            data_bytes += entry.size
-            add(entry, _store_sparse(reader, writer, allocator, entry.sparse))
-        elif entry.size:
-            data_bytes += entry.size
-            block = allocator.reserve(entry.size)
-            _copy(reader, writer, block << BLOCK_BITS, entry.size)
-            add(entry, FileData(block, entry.size))
-        else:
-            add(entry)
-    stream.drain()
+    with HashingInput(source, limit_bytes=limits.total_bytes, progress=progress) as stream:
+        tree = Tree(limits)
+        writer = BlobWriter(out)
+        allocator = BlockAllocator(limits.total_bytes)
+        data_bytes = _take_members(TarReader(stream, limits, end_mark), stream, tree, writer, allocator)
+        stream.drain()
     digest = stream.digest()
     uuid = volume_uuid(digest)
     blob_bytes = write_metadata(tree, writer, allocator.end, uuid)
@@ -88,6 +81,31 @@ def _convert(
         hardlinks=tree.hardlinks,
         data_bytes=data_bytes,
     )
+
+
+def _take_members(
+    reader: TarReader, stream: HashingInput, tree: Tree, writer: BlobWriter, allocator: BlockAllocator
+) -> int:
+    """Every member into the tree, its data into the blob. Returns the bytes of data."""
+    limits = reader.limits
+    data_bytes = 0
+    add = tree.add
+    for entry in reader:
+        if entry.kind != REGULAR:
+            add(entry)
+        elif entry.sparse is not None:
+            data_bytes += entry.size
+            add(entry, _store_sparse(reader, writer, allocator, entry.sparse))
+            if allocator.end << BLOCK_BITS > max(_GROWTH_FROM_BYTES, limits.blob_growth * stream.total):
+                raise LimitExceeded("blob_growth", allowed=limits.blob_growth, where=entry.path)
+        elif entry.size:
+            data_bytes += entry.size
+            block = allocator.reserve(entry.size)
+            _copy(reader, writer, block << BLOCK_BITS, entry.size)
+            add(entry, FileData(block, entry.size))
+        else:
+            add(entry)
+    return data_bytes
 
 
 def volume_uuid(source_digest: bytes) -> bytes:
@@ -106,9 +124,7 @@ def _copy(reader: TarReader, writer: BlobWriter, offset: int, n_bytes: int) -> N
         n_bytes -= len(view)
 
 
-def _store_sparse(
-    reader: TarReader, writer: BlobWriter, allocator: BlockAllocator, holes: SparseMap
-) -> FileData:
+def _store_sparse(reader: TarReader, writer: BlobWriter, allocator: BlockAllocator, holes: SparseMap) -> FileData:
     """Flat with holes in the blob's file when that costs less than 2 MiB of address space, else in chunks.
 
     Flat is better where it can be had: only flat files are mapped with DAX.
@@ -124,10 +140,8 @@ def _store_sparse(
     return _store_chunks(reader, writer, allocator, holes)
 
 
-def _store_chunks(
-    reader: TarReader, writer: BlobWriter, allocator: BlockAllocator, holes: SparseMap
-) -> FileData:
-    """Chunks that hold data get blocks, the others the null address. At most 16,384 of them: the smallest
+def _store_chunks(reader: TarReader, writer: BlobWriter, allocator: BlockAllocator, holes: SparseMap) -> FileData:
+    """Chunks that hold data get blocks, the others the null address. At most 65,536 of them: the smallest
     power of two ≥ 4 KiB that allows it is the chunk size."""
     bits = BLOCK_BITS
     while holes.size > _MAX_CHUNKS << bits:

@@ -1,15 +1,17 @@
 """Decompression as a stream, with bounded memory and a bound on how far data may expand.
 
-The format is told by its first bytes: gzip 1f 8b, xz fd 37 7a 58 5a 00, zstd 28 b5 2f fd (or a skippable
-frame 5x 2a 4d 18); anything else passes as it is. Several members or frames after each other are one stream.
-Memory: 128 MiB at most for xz and zstd dictionaries, one read piece of output otherwise.
+The format is told by its first bytes: gzip 1f 8b, xz fd 37 7a 58 5a 00, bzip2 "BZh", zstd 28 b5 2f fd (or a
+skippable frame 5x 2a 4d 18); anything else passes as it is. Several members or frames after each other are one
+stream. Memory: 128 MiB at most for xz and zstd dictionaries, one read piece of output otherwise.
 """
 
 from __future__ import annotations
 
+import bz2
 import io
 import lzma
 import zlib
+from collections.abc import Callable
 from typing import Any, BinaryIO, Protocol, cast
 
 import zstandard
@@ -18,6 +20,7 @@ from sharedcache.errors import BadArchive, LimitExceeded
 from sharedcache.limits import Limits
 
 _PIECE_BYTES = 1 << 18
+_FIRST_PIECE_BYTES = 1 << 12
 _MEMORY_BYTES = 128 << 20
 _EXPANSION_FROM_BYTES = 256 << 20
 _HEAD_BYTES = 6
@@ -56,9 +59,11 @@ class _Gzip:
         return not self._decoder.unconsumed_tail
 
 
-class _Xz:
-    def __init__(self) -> None:
-        self._decoder = lzma.LZMADecompressor(lzma.FORMAT_XZ, memlimit=_MEMORY_BYTES)
+class _Buffered:
+    """The interface that lzma's and bz2's decoders share."""
+
+    def __init__(self, decoder: lzma.LZMADecompressor | bz2.BZ2Decompressor) -> None:
+        self._decoder = decoder
 
     def feed(self, data: bytes, max_bytes: int) -> bytes:
         return self._decoder.decompress(data, max_bytes)
@@ -74,6 +79,14 @@ class _Xz:
     @property
     def hungry(self) -> bool:
         return self._decoder.needs_input
+
+
+def _xz() -> _Inflater:
+    return _Buffered(lzma.LZMADecompressor(lzma.FORMAT_XZ, memlimit=_MEMORY_BYTES))
+
+
+def _bzip2() -> _Inflater:
+    return _Buffered(bz2.BZ2Decompressor())
 
 
 class _Counting(io.RawIOBase):
@@ -100,13 +113,14 @@ class _Counting(io.RawIOBase):
 
 
 class _Members(io.RawIOBase):
-    """Concatenated gzip or xz members as one stream; zero padding after a member is skipped."""
+    """Concatenated members as one stream; zero padding after a member is skipped."""
 
-    def __init__(self, raw: _Counting, make: type[_Gzip] | type[_Xz]) -> None:
+    def __init__(self, raw: _Counting, make: Callable[[], _Inflater]) -> None:
         self._raw = raw
         self._make = make
         self._decoder: _Inflater | None = make()
-        self._input = b""
+        self._fetched = self._input = memoryview(b"")  # the last piece read, and what of it is still to be taken
+        self._step_bytes = _FIRST_PIECE_BYTES
 
     def readable(self) -> bool:
         return True
@@ -114,25 +128,44 @@ class _Members(io.RawIOBase):
     def readinto(self, buffer: Any) -> int:
         view = memoryview(buffer).cast("B")
         while self._decoder is not None:
-            if not self._input and self._decoder.hungry:
-                self._input = self._raw.read(_PIECE_BYTES) or b""
-                if not self._input:
-                    raise BadArchive("the compressed stream ends too early", where="", remedy=_REMEDY)
-            data, self._input = self._input, b""
+            data = b""
+            if self._decoder.hungry:
+                data = self._take()
+                if not data:
+                    raise BadArchive("the compressed stream ends too early", remedy=_REMEDY)
             piece = self._decoder.feed(data, len(view))
             if self._decoder.ended:
-                self._next_member(self._decoder.rest)
+                self._next_member(len(self._decoder.rest))
             if piece:
                 view[: len(piece)] = piece
                 return len(piece)
         return 0
 
-    def _next_member(self, rest: bytes) -> None:
-        rest = rest.lstrip(b"\0")
-        while not rest and (more := self._raw.read(_PIECE_BYTES)):
-            rest = more.lstrip(b"\0")
-        self._input = rest
-        self._decoder = self._make() if rest else None
+    def _take(self) -> bytes:
+        """Input for the decoder, little of it where members are small: what a member leaves is copied again."""
+        if not self._input:
+            self._fetched = memoryview(self._raw.read(_PIECE_BYTES) or b"")
+            self._input = self._fetched
+        data = bytes(self._input[: self._step_bytes])
+        self._input = self._input[len(data) :]
+        self._step_bytes = min(2 * self._step_bytes, _PIECE_BYTES)
+        return data
+
+    def _next_member(self, n_left: int) -> None:
+        """Go on `n_left` bytes before the end of what the decoder was given."""
+        self._input = self._fetched[len(self._fetched) - len(self._input) - n_left :]
+        self._step_bytes = _FIRST_PIECE_BYTES
+        self._decoder = None
+        while self._decoder is None:
+            if not self._input:
+                self._fetched = self._input = memoryview(self._raw.read(_PIECE_BYTES) or b"")
+                if not self._input:
+                    return
+            piece = bytes(self._input[:_FIRST_PIECE_BYTES])
+            kept = len(piece.lstrip(b"\0"))
+            self._input = self._input[len(piece) - kept :]
+            if kept:
+                self._decoder = self._make()
 
 
 class _Bounded(io.RawIOBase):
@@ -151,7 +184,9 @@ class _Bounded(io.RawIOBase):
     def readinto(self, buffer: Any) -> int:
         try:
             n_bytes = int(self._inner.readinto(buffer))
-        except (zlib.error, lzma.LZMAError, zstandard.ZstdError, EOFError) as error:
+        except (zlib.error, lzma.LZMAError, zstandard.ZstdError, EOFError, OSError) as error:
+            if isinstance(error, OSError) and error.errno is not None:  # bz2's own have none
+                raise
             raise BadArchive(f"{self._name} data is damaged: {error}", remedy=_REMEDY) from error
         self._total += n_bytes
         limits = self._limits
@@ -163,10 +198,10 @@ class _Bounded(io.RawIOBase):
 
 
 def open_stream(raw: BinaryIO, limits: Limits | None = None) -> BinaryIO:
-    """The uncompressed bytes of `raw` (gzip, xz, zstd or plain, told by content), read from where it stands.
+    """The uncompressed bytes of `raw` (gzip, xz, bzip2, zstd or plain, told by content), read from where it stands.
 
     Reading raises BadArchive for damaged or cut-short data and LimitExceeded (total_bytes, expansion) for a
-    bomb; opening raises BadArchive for bzip2, which images do not use. Does not close `raw`.
+    bomb. Does not close `raw`.
     """
     limits = limits or Limits()
     counted = _Counting(raw)
@@ -174,13 +209,11 @@ def open_stream(raw: BinaryIO, limits: Limits | None = None) -> BinaryIO:
     if head[:2] == b"\x1f\x8b":
         return cast(BinaryIO, _Bounded(_Members(counted, _Gzip), counted, limits, "gzip"))
     if head == b"\xfd7zXZ\x00":
-        return cast(BinaryIO, _Bounded(_Members(counted, _Xz), counted, limits, "xz"))
+        return cast(BinaryIO, _Bounded(_Members(counted, _xz), counted, limits, "xz"))
     if head[:4] == b"\x28\xb5\x2f\xfd" or (head[1:4] == b"\x2a\x4d\x18" and head[0] & 0xF0 == 0x50):
         decoder = zstandard.ZstdDecompressor(max_window_size=_MEMORY_BYTES)
-        inner = decoder.stream_reader(
-            cast(BinaryIO, counted), read_size=_PIECE_BYTES, read_across_frames=True
-        )
+        inner = decoder.stream_reader(cast(BinaryIO, counted), read_size=_PIECE_BYTES, read_across_frames=True)
         return cast(BinaryIO, _Bounded(inner, counted, limits, "zstd"))
     if head[:3] == b"BZh":
-        raise BadArchive("bzip2 is not supported", remedy="unpack it with bunzip2, or use gzip, xz or zstd")
+        return cast(BinaryIO, _Bounded(_Members(counted, _bzip2), counted, limits, "bzip2"))
     return cast(BinaryIO, _Bounded(counted, counted, limits, "plain"))

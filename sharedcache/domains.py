@@ -22,7 +22,7 @@ from enum import StrEnum
 from pathlib import Path
 
 from sharedcache import durable
-from sharedcache.errors import CacheError
+from sharedcache.errors import CacheError, NotAllowed
 
 FIRST_GID = 900_000
 _ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
@@ -60,9 +60,7 @@ class Domain:
         """`tenant/acme`, `private/<uid>`, `trust-group/x` or `public`. ValueError for anything else."""
         kind, _, name = text.partition("/")
         if kind not in set(DomainKind) or (kind == DomainKind.PUBLIC and text != kind):
-            raise ValueError(
-                f"{text!r} is no sharing domain: use private/ID, tenant/ID, trust-group/ID or public"
-            )
+            raise ValueError(f"{text!r} is no sharing domain: use private/ID, tenant/ID, trust-group/ID or public")
         return cls(DomainKind(kind), name)
 
     @classmethod
@@ -100,6 +98,12 @@ def next_gid(taken: frozenset[int]) -> int:
     return max(taken, default=FIRST_GID - 1) + 1
 
 
+def require_operator(domain: Domain, operator_signed: bool) -> None:
+    """NotAllowed when something unsigned would enter the public domain."""
+    if domain.kind is DomainKind.PUBLIC and not operator_signed:
+        raise NotAllowed("the public domain takes only what the operator signed; use the tenant's own domain")
+
+
 class DomainBook:
     """The records of one store. Not thread safe: the store calls it under its lock."""
 
@@ -132,14 +136,10 @@ class DomainBook:
 def _decode(body: object, path: Path) -> DomainRecord:
     try:
         match body:
-            case {"version": 1, "domain": str(name), "secret": str(secret), "gid": int(gid), **rest} if (
-                not rest
-            ):
+            case {"version": 1, "domain": str(name), "secret": str(secret), "gid": int(gid), **rest} if not rest:
                 record = DomainRecord(Domain.parse(name), bytes.fromhex(secret), gid)
                 if len(record.secret) == _SECRET_BYTES and gid >= FIRST_GID:
                     return record
     except ValueError:
         pass  # the same answer as for any other damage
-    raise CacheError(
-        f"{path}: the domain record is damaged; restore it, or remove the store and import again"
-    )
+    raise CacheError(f"{path}: the domain record is damaged; restore it, or remove the store and import again")

@@ -6,16 +6,31 @@ before that leaves the old state (or the old name), never a part of the new one.
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
 import shutil
 from pathlib import Path
 
-from sharedcache.errors import CacheError, StoreBusy
+from sharedcache.errors import CacheError, OutOfSpace, StoreBusy
 
 _MAX_RECORD_BYTES = 4 << 20
 _PART = ".part"
+
+
+class full_disk_named:
+    """Turns ENOSPC and EDQUOT into OutOfSpace."""
+
+    def __init__(self, path: object) -> None:
+        self._path = path
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise OutOfSpace(f"{self._path}: the disk is full while writing; free space and retry") from error
 
 
 def sync_dir(folder: Path) -> None:
@@ -30,7 +45,8 @@ def sync_dir(folder: Path) -> None:
 def make_dir(folder: Path, mode: int) -> None:
     """Creates `folder` (its parent exists) with exactly `mode`, whatever the umask; fine when it is there."""
     try:
-        folder.mkdir()
+        with full_disk_named(folder):
+            folder.mkdir()
     except FileExistsError:
         if folder.is_symlink() or not folder.is_dir():
             raise CacheError(f"{folder}: is not a folder; move it away") from None
@@ -41,12 +57,17 @@ def make_dir(folder: Path, mode: int) -> None:
 
 
 def write_bytes(path: Path, data: bytes, mode: int) -> None:
-    """A new file with `data`, synced; its name is not yet durable (sync its folder)."""
-    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, mode)
-    with os.fdopen(fd, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
+    """A new file with `data`, synced; its name is not yet durable (sync its folder). OutOfSpace: it is not there."""
+    with full_disk_named(path):
+        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, mode)
+        try:
+            with os.fdopen(fd, "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+        except BaseException:
+            path.unlink()
+            raise
 
 
 def encode(body: object) -> bytes:
@@ -55,7 +76,7 @@ def encode(body: object) -> bytes:
 
 
 def write_json(path: Path, body: object) -> None:
-    """Replaces `path` (0600) by `body` atomically and durably. One writer a path at a time."""
+    """Replaces `path` (0600) by `body` atomically and durably. One writer a path at a time. OutOfSpace."""
     part = path.with_name(path.name + _PART)
     part.unlink(missing_ok=True)
     write_bytes(part, encode(body), 0o600)
@@ -85,11 +106,12 @@ def remove_file(path: Path) -> None:
 def commit_dir(staged: Path, final: Path) -> None:
     """Moves the folder `staged` (its files synced) to `final` in one step.
 
-    FileExistsError when it is taken.
+    FileExistsError when it is taken; OutOfSpace.
     """
     sync_dir(staged)
     try:
-        staged.rename(final)
+        with full_disk_named(final):
+            staged.rename(final)
     except OSError as error:
         if final.exists():
             raise FileExistsError(error.errno, "exists", str(final)) from error
@@ -113,16 +135,18 @@ def sweep_parts(folder: Path) -> None:
 
 
 def take_lock(path: Path) -> int:
-    """Locks the file `path` for as long as the returned descriptor is open. StoreBusy names who has it."""
-    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        holder = os.pread(fd, 32, 0).decode("ascii", "replace").strip() or "unknown"
-        os.close(fd)
-        raise StoreBusy(
-            f"{path.parent}: process {holder} has this store open; stop it or wait for it"
-        ) from None
-    os.ftruncate(fd, 0)
-    os.pwrite(fd, f"{os.getpid()}\n".encode("ascii"), 0)
+    """Locks the file `path` for as long as the returned descriptor is open. StoreBusy names who has it; OutOfSpace."""
+    with full_disk_named(path):
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            os.ftruncate(fd, 0)
+            os.pwrite(fd, f"{os.getpid()}\n".encode("ascii"), 0)
+        except BlockingIOError:
+            holder = os.pread(fd, 32, 0).decode("ascii", "replace").strip() or "unknown"
+            os.close(fd)
+            raise StoreBusy(f"{path.parent}: process {holder} has this store open; stop it or wait for it") from None
+        except BaseException:
+            os.close(fd)
+            raise
     return fd

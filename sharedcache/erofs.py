@@ -2,8 +2,12 @@
 
 Regular files are flat and uncompressed, which is what Linux 6.1 maps with DAX (fs/erofs/inode.c: only
 FLAT_PLAIN regular files). Mostly-hole files are chunk-based with null chunks. Folder tails and link
-targets are inline behind their inode: they are never mapped, and a block each would cost 4 KiB. Every inode has
-the extended form: it alone has an mtime, a 32-bit owner and a 64-bit size.
+targets are inline behind their inode: they are never mapped, and a block each would cost 4 KiB. Every inode
+has the extended form: it alone has an mtime, a 32-bit owner and a 64-bit size.
+
+A link's inline target ends in the block in which its inode ends, attributes included: older kernels take anything
+else for corruption (fs/erofs/inode.c, erofs_fill_symlink; relaxed in 6.12 and in late 6.1.y). Folders' tails, which
+go through another path, may lie one block further.
 
 Metadata area: 64 unused bytes (so that no inode is number 0, and the root's number fits 16 bits), then the
 root, the other nodes breadth-first, then `Tree.table` as it stands.
@@ -14,6 +18,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from sharedcache.blob import BlobWriter
+from sharedcache.entry import DIRECTORY, SYMLINK
 from sharedcache.erofs_layout import (
     BLOCK_BITS,
     BLOCK_BYTES,
@@ -32,10 +37,11 @@ from sharedcache.erofs_layout import (
     split_names,
     xattr_slots,
 )
-from sharedcache.tar import DIRECTORY, SYMLINK
-from sharedcache.tree import S_IFMT, Node, Tree
+from sharedcache.node import S_IFMT, Node
+from sharedcache.tree import Tree
 
 _ROOT_OFFSET = 64
+_PIECE_BYTES = 1 << 20
 
 
 @dataclass(slots=True)
@@ -44,7 +50,6 @@ class _Placed:
 
     node: Node
     offset: int
-    xattrs: bytes
     names: list[bytes]
     counts: list[int]
     tail_bytes: int  # inline behind the inode
@@ -77,7 +82,6 @@ class _Layout:
                         self._place(child)
 
     def _place(self, node: Node) -> _Placed:
-        xattrs = node.packed_xattrs()
         names: list[bytes] = []
         counts: list[int] = []
         tail = len(node.payload)
@@ -89,23 +93,29 @@ class _Layout:
             tail = DIRENT.size * len(last) + sum(map(len, last))
             node.size = (len(counts) - 1) * BLOCK_BYTES + tail
             node.layout = FLAT_INLINE
-            node.nlink = 2 + sum(
-                1 for ref in node.entries.values() if isinstance(ref, Node) and ref.kind == DIRECTORY
-            )
+            node.nlink = 2 + sum(1 for ref in node.entries.values() if isinstance(ref, Node) and ref.kind == DIRECTORY)
             self.folder_blocks += len(counts) - 1
-        head = INODE_BYTES + len(xattrs)
+        xattr_bytes = len(node.packed_xattrs())
         offset = -(-self._end // SLOT_BYTES) * SLOT_BYTES
-        if node.layout == FLAT_INLINE and (offset + head) % BLOCK_BYTES + tail > BLOCK_BYTES:
-            offset += -offset % BLOCK_BYTES  # inline data must not cross a block: try from the next one
-            if head % BLOCK_BYTES + tail > BLOCK_BYTES:
+        if node.layout == FLAT_INLINE and not _fits_inline(node.kind, offset, xattr_bytes, tail):
+            offset += -offset % BLOCK_BYTES  # try from the next block
+            if not _fits_inline(node.kind, offset, xattr_bytes, tail):
                 node.layout = FLAT_PLAIN
                 self.folder_blocks += 1
         inline = 0 if node.layout == FLAT_PLAIN else tail
-        self._end = offset + head + inline
+        self._end = offset + INODE_BYTES + xattr_bytes + inline
         node.nid = offset // SLOT_BYTES
-        placed = _Placed(node, offset, xattrs, names, counts, inline, first_block)
+        placed = _Placed(node, offset, names, counts, inline, first_block)
         self.placed.append(placed)
         return placed
+
+
+def _fits_inline(kind: int, offset: int, xattr_bytes: int, tail: int) -> bool:
+    """Whether `tail` bytes may stand inline behind an inode at `offset`: never across a block's end."""
+    if kind == SYMLINK:
+        inode_end = (offset + INODE_BYTES - 1) % BLOCK_BYTES + 1
+        return inode_end + xattr_bytes + tail <= BLOCK_BYTES
+    return (offset + INODE_BYTES + xattr_bytes) % BLOCK_BYTES + tail <= BLOCK_BYTES
 
 
 def write_metadata(tree: Tree, writer: BlobWriter, first_block: int, uuid: bytes) -> int:
@@ -113,25 +123,29 @@ def write_metadata(tree: Tree, writer: BlobWriter, first_block: int, uuid: bytes
     layout = _Layout(tree)
     meta_block = first_block + layout.folder_blocks
     table_nid = layout.table_offset // SLOT_BYTES
-    area = bytearray(layout.table_offset)
     chunked = False
+    area = bytearray()  # of the metadata area, what was not written yet
+    area_offset = meta_block << BLOCK_BITS
     for placed in layout.placed:
         node = placed.node
-        payload = node.payload
-        if node.kind == DIRECTORY:
-            payload = _pack_folder(placed, table_nid)
+        payload = _pack_folder(placed, table_nid) if node.kind == DIRECTORY else node.payload
         chunked = chunked or node.layout == CHUNK_BASED
         inline_at = len(payload) - placed.tail_bytes
         if inline_at:
             writer.write((first_block + placed.first_block) << BLOCK_BITS, memoryview(payload)[:inline_at])
-        record = _pack_node(placed, first_block) + placed.xattrs + payload[inline_at:]
-        area[placed.offset : placed.offset + len(record)] = record
-    offset = meta_block << BLOCK_BITS
-    for piece in (area, tree.table):
-        for at in range(0, len(piece), 1 << 20):
-            writer.write(offset + at, memoryview(piece)[at : at + (1 << 20)])
-        offset += len(piece)
-    size_bytes = -(-offset // HUGE_BYTES) * HUGE_BYTES
+        xattrs = node.packed_xattrs()
+        area += bytes((meta_block << BLOCK_BITS) + placed.offset - area_offset - len(area))
+        area += _pack_node(placed, xattr_slots(xattrs), first_block) + xattrs + payload[inline_at:]
+        if len(area) >= _PIECE_BYTES:
+            writer.write(area_offset, memoryview(area))
+            area_offset += len(area)
+            area = bytearray()
+    area += bytes((meta_block << BLOCK_BITS) + layout.table_offset - area_offset - len(area))
+    writer.write(area_offset, memoryview(area))
+    offset = area_offset + len(area)
+    for at in range(0, len(tree.table), _PIECE_BYTES):
+        writer.write(offset + at, memoryview(tree.table)[at : at + _PIECE_BYTES])
+    size_bytes = -(-(offset + len(tree.table)) // HUGE_BYTES) * HUGE_BYTES
     writer.finish(size_bytes)
     superblock = pack_superblock(
         root_nid=_ROOT_OFFSET // SLOT_BYTES,
@@ -171,12 +185,12 @@ def _pack_folder(placed: _Placed, table_nid: int) -> bytes:
     return b"".join([block.ljust(BLOCK_BYTES, b"\0") for block in blocks[:-1]]) + blocks[-1]
 
 
-def _pack_node(placed: _Placed, first_block: int) -> bytes:
+def _pack_node(placed: _Placed, xattr_slots: int, first_block: int) -> bytes:
     node = placed.node
     union = node.device_or_block
     if node.kind in (DIRECTORY, SYMLINK):
         union = first_block + placed.first_block
     return INODE.pack(
-        inode_format(node.layout), xattr_slots(placed.xattrs), S_IFMT[node.kind] | node.mode, 0, node.size,
+        inode_format(node.layout), xattr_slots, S_IFMT[node.kind] | node.mode, 0, node.size,
         union, node.nid, node.uid, node.gid, node.mtime_s, node.mtime_ns, node.nlink,
     )  # fmt: skip

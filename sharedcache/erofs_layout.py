@@ -48,7 +48,7 @@ def encode_device(major: int, minor: int) -> int:
     return (minor & 0xFF) | (major << 8) | ((minor & ~0xFF) << 12)
 
 
-def pack_xattrs(xattrs: Iterable[tuple[bytes, bytes]], where: str) -> bytes:
+def pack_xattrs(xattrs: Iterable[tuple[bytes, bytes]], where: str | bytes) -> bytes:
     """The inline xattr area behind an inode: 12-byte header, entries padded to 4. Empty without attributes.
 
     BadArchive for a name EROFS has no index for, or one that is too long.
@@ -62,7 +62,7 @@ def xattr_slots(packed: bytes) -> int:
     return (len(packed) - _XATTR_HEADER_BYTES) // 4 + 1 if packed else 0
 
 
-def _pack_xattr(name: bytes, value: bytes, where: str) -> bytes:
+def _pack_xattr(name: bytes, value: bytes, where: str | bytes) -> bytes:
     index, rest = _XATTR_EXACT.get(name, 0), b""
     if not index:
         for prefix, number in _XATTR_PREFIXES:
@@ -110,9 +110,7 @@ def pack_dirents(names: Sequence[bytes], nids: Sequence[int], types: Sequence[in
     return bytes(heads) + b"".join(names)
 
 
-def pack_superblock(
-    *, root_nid: int, inodes: int, blocks: int, meta_block: int, uuid: bytes, incompat: int
-) -> bytes:
+def pack_superblock(*, root_nid: int, inodes: int, blocks: int, meta_block: int, uuid: bytes, incompat: int) -> bytes:
     """Block 0, 4096 bytes, with its checksum (crc32c from byte 1024, seed ~0, not inverted; super.c)."""
     fields = [_MAGIC, 0, COMPAT_SB_CHECKSUM | COMPAT_MTIME, BLOCK_BITS, 0, root_nid, inodes, 0, 0,
               blocks, meta_block, 0, uuid, b"", incompat]  # fmt: skip

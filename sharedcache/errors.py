@@ -2,6 +2,16 @@
 
 from __future__ import annotations
 
+_SHOWN = 200
+_TOLD = 500
+
+
+def printable(name: str | bytes, at_most: int = _SHOWN) -> str:
+    """A name for messages: never control characters, never much longer than `at_most` characters."""
+    text = name if isinstance(name, str) else name[: 4 * at_most].decode("utf-8", "backslashreplace")
+    safe = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text[:at_most])
+    return safe[:at_most] + "…" if len(text) > at_most or len(safe) > at_most else safe
+
 
 class CacheError(Exception):
     """Root of every error this package raises on purpose."""
@@ -10,13 +20,13 @@ class CacheError(Exception):
 class BadArchive(CacheError):
     """The input is not an archive that can become a layer. Retrying is of no use: the archive must change.
 
-    `what` says what is wrong, `where` names the entry (or the byte offset when no entry is known) and
-    `remedy` says what to do next. `str()` joins the three.
+    `what` says what is wrong, `where` names the entry (bytes: a raw path; or the byte offset when no entry is
+    known) and `remedy` says what to do next. `str()` joins the three.
     """
 
-    def __init__(self, what: str, *, where: str = "", remedy: str = "") -> None:
-        self.what = what
-        self.where = where
+    def __init__(self, what: str, *, where: str | bytes = "", remedy: str = "") -> None:
+        self.what = what = printable(what, _TOLD)
+        self.where = where = printable(where)
         self.remedy = remedy or "make the archive again with a current tar, docker save or buildah"
         super().__init__(f"{where}: {what}; {self.remedy}" if where else f"{what}; {self.remedy}")
 
@@ -28,7 +38,8 @@ class LimitExceeded(CacheError):
     says), `where` the entry that went over it.
     """
 
-    def __init__(self, limit: str, *, allowed: int, where: str = "", remedy: str = "") -> None:
+    def __init__(self, limit: str, *, allowed: int, where: str | bytes = "", remedy: str = "") -> None:
+        where = printable(where)
         self.limit = limit
         self.allowed = allowed
         self.where = where

@@ -22,6 +22,8 @@ class Limits:
     metadata_bytes  everything kept in memory: names, link targets, attributes, maps
     file_bytes      apparent size of one file (a sparse file's holes included)
     total_bytes     the uncompressed stream, and apart from it the blob
+    blob_growth     blob bytes per byte of the tar, looked at when a sparse file takes the blob over 1 GiB: holes
+                    cost no disk, but every byte of a blob is hashed
     expansion       uncompressed bytes per compressed byte, looked at once 256 MiB came out
     """
 
@@ -35,6 +37,7 @@ class Limits:
     metadata_bytes: int = 512 * _MIB
     file_bytes: int = 1024 * _GIB
     total_bytes: int = 64 * _GIB
+    blob_growth: int = 8
     expansion: int = 2_000
 
     def __post_init__(self) -> None:

@@ -45,9 +45,7 @@ class LiveRecords:
         with self._locked():
             missing = sorted(key for key in wanted if self._shelf.find(key) is None)
             if missing:
-                raise NotFound(
-                    f"{owner} needs {len(missing)} objects that are not in the store: {missing[0]} …"
-                )
+                raise NotFound(f"{owner} needs {len(missing)} objects that are not in the store: {missing[0]} …")
             self._pins.add(owner, wanted)
 
     def unpin(self, owner: str) -> None:
@@ -75,7 +73,7 @@ class LiveRecords:
             with self._lock:
                 del self._holds[owner]
 
-    def put_image(self, image: ImageRecord) -> None:
+    def put_image(self, image: ImageRecord) -> ImageRecord:
         """Keeps `image` and pins its layers.
 
         Durable when this returns. Idempotent. NotFound: a layer is missing.
@@ -85,8 +83,10 @@ class LiveRecords:
                 item = self._shelf.find(layer.key)
                 if item is None or item.domain != image.domain or item.digest != layer.digest:
                     raise NotFound(f"image {image.digest}: its layer {layer.digest} is not in {image.domain}")
-            if self._images.find(image.domain, image.digest) is None:
+            known = self._images.find(image.domain, image.digest)
+            if known is None:
                 self._images.put(image)
+            return known or image
 
     def get_image(self, domain: Domain, digest: str) -> ImageRecord:
         """The image; `get` each layer before using it. NotFound."""

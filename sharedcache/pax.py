@@ -13,7 +13,7 @@ XATTR_PREFIX = b"SCHILY.xattr."
 _INT64 = 1 << 63
 
 
-def parse_records(body: bytes, where: str) -> list[tuple[bytes, bytes]]:
+def parse_records(body: bytes, where: str | bytes) -> list[tuple[bytes, bytes]]:
     """The records in order, duplicates included. BadArchive when a record's length does not fit."""
     records: list[tuple[bytes, bytes]] = []
     pos = 0
@@ -36,14 +36,14 @@ def parse_records(body: bytes, where: str) -> list[tuple[bytes, bytes]]:
     return records
 
 
-def parse_size(text: bytes, what: str, where: str) -> int:
+def parse_size(text: bytes, what: str, where: str | bytes) -> int:
     """A non-negative decimal. BadArchive otherwise."""
     if not text.isdigit() or len(text) > 20:
         raise BadArchive(f"{what} {text[:40]!r} is not a size", where=where)
     return int(text)
 
 
-def parse_time(text: bytes, where: str) -> tuple[int, int]:
+def parse_time(text: bytes, where: str | bytes) -> tuple[int, int]:
     """`[-]SECONDS[.FRACTION]` → (seconds rounded down, nanoseconds 0..999999999)."""
     whole, _, fraction = text.partition(b".")
     negative = whole.startswith(b"-")

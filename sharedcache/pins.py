@@ -43,9 +43,7 @@ class PinBook:
     def add(self, owner: str, keys: frozenset[str]) -> None:
         """Adds `keys` to what `owner` holds. ValueError for a bad or reserved owner name."""
         if not _OWNER.fullmatch(owner) or owner.startswith(_RESERVED):
-            raise ValueError(
-                f"{owner!r} is no pin owner: use KIND/NAME; image/ and hold/ are the store's own"
-            )
+            raise ValueError(f"{owner!r} is no pin owner: use KIND/NAME; image/ and hold/ are the store's own")
         held = self._pins.get(owner)
         if held is not None and keys <= held:
             return

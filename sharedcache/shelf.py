@@ -75,9 +75,7 @@ class Shelf:
         with self._hash_locks[int(item.key[:2], 16) % _HASH_LOCKS]:
             why = self._check(item, again)
         if why:
-            raise CorruptObject(
-                f"{item.kind} {item.digest} of {item.domain} is corrupt: {why}; import it again"
-            )
+            raise CorruptObject(f"{item.kind} {item.digest} of {item.domain} is corrupt: {why}; import it again")
 
     def _check(self, item: StoredObject, again: bool) -> str:
         measured: blobs.Measured | None = None

@@ -24,9 +24,7 @@ class SparseMap:
     extents: tuple[tuple[int, int], ...]
 
 
-def make_map(
-    size: int, runs: Iterable[tuple[int, int]], stored: int, limits: Limits, where: str
-) -> SparseMap:
+def make_map(size: int, runs: Iterable[tuple[int, int]], stored: int, limits: Limits, where: str | bytes) -> SparseMap:
     """Check a map against the file: runs ascend, stay inside `size`, and add up to the `stored` bytes."""
     extents = tuple((offset, length) for offset, length in runs if length)
     if len(extents) > limits.sparse_extents:
@@ -34,9 +32,7 @@ def make_map(
     edge = total = 0
     for offset, length in extents:
         if offset < edge or length < 0 or offset + length > size:
-            raise BadArchive(
-                f"sparse map has a run at {offset} of {length} bytes, out of order or size", where=where
-            )
+            raise BadArchive(f"sparse map has a run at {offset} of {length} bytes, out of order or size", where=where)
         edge = offset + length
         total += length
     if total != stored:
@@ -44,7 +40,7 @@ def make_map(
     return SparseMap(size, extents)
 
 
-def parse_gnu_runs(block: bytes, start: int, count: int, where: str) -> list[tuple[int, int]]:
+def parse_gnu_runs(block: bytes, start: int, count: int, where: str | bytes) -> list[tuple[int, int]]:
     """`count` pairs of 12-byte numbers at `start` of a header or its continuation; an empty one ends them."""
     runs = []
     for at in range(start, start + 24 * count, 24):
@@ -55,7 +51,7 @@ def parse_gnu_runs(block: bytes, start: int, count: int, where: str) -> list[tup
     return runs
 
 
-def parse_pairs(numbers: list[bytes], where: str) -> list[tuple[int, int]]:
+def parse_pairs(numbers: list[bytes], where: str | bytes) -> list[tuple[int, int]]:
     """Decimal texts offset, length, offset, length… as pairs."""
     if len(numbers) % 2:
         raise BadArchive("sparse map has an odd number of fields", where=where)

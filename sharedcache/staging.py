@@ -5,7 +5,6 @@ Owns `staging/<random>/blob` from `Staging.create` until `remove`, or until the 
 
 from __future__ import annotations
 
-import errno
 import io
 import os
 import secrets
@@ -14,11 +13,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO, cast
 
+from sharedcache.durable import full_disk_named
 from sharedcache.errors import OutOfSpace
 from sharedcache.layout import BLOB_MODE, BLOB_NAME
 
 _CHECK_EVERY_BYTES = 8 << 20
-_BUFFER_BYTES = 1 << 20
+_BUFFER_BYTES = 1 << 16  # what is larger goes straight through
 
 
 class _GuardedFile(io.FileIO):
@@ -39,20 +39,6 @@ class _GuardedFile(io.FileIO):
             return super().write(cast(bytes, data)) or 0
 
 
-class full_disk_named:
-    """Turns ENOSPC and EDQUOT into OutOfSpace."""
-
-    def __init__(self, path: object) -> None:
-        self._path = path
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise OutOfSpace(f"{self._path}: the disk is full while writing; free space and retry") from error
-
-
 class Staging:
     """One blob being written. `file` can be read, written and sought until it is sealed."""
 
@@ -62,12 +48,17 @@ class Staging:
 
     @classmethod
     def create(cls, parent: Path, require_space: Callable[[int], None]) -> Staging:
-        """A new folder in `parent` with an empty blob."""
+        """A new folder in `parent` with an empty blob. OutOfSpace."""
         folder = parent / secrets.token_hex(8)
-        # The folder becomes the object's own: VM uids traverse it, nobody but root lists it.
-        folder.mkdir(mode=0o700)
-        folder.chmod(0o711)
-        raw = _GuardedFile(folder / BLOB_NAME, require_space)
+        try:
+            with full_disk_named(folder):
+                # The folder becomes the object's own: VM uids traverse it, nobody but root lists it.
+                folder.mkdir(mode=0o700)
+                folder.chmod(0o711)
+                raw = _GuardedFile(folder / BLOB_NAME, require_space)
+        except BaseException:
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
         return cls(folder, cast(BinaryIO, io.BufferedRandom(raw, _BUFFER_BYTES)))
 
     @property

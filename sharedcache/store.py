@@ -34,7 +34,7 @@ from types import TracebackType
 from typing import Self
 
 from sharedcache import blobs, durable, gc
-from sharedcache.domains import Domain, DomainBook, DomainKind
+from sharedcache.domains import Domain, DomainBook, DomainKind, require_operator
 from sharedcache.errors import CacheError, CorruptObject, NotAllowed, NotFound, OutOfSpace
 from sharedcache.layer import LayerMeta
 from sharedcache.layout import BLOB_NAME, Layout
@@ -114,6 +114,10 @@ class Store(LiveRecords):
                 self._closed = True
                 os.close(self._lock_fd)
 
+    def now_s(self) -> float:
+        """What time it is for this store, in seconds since the epoch."""
+        return self._clock()
+
     def __enter__(self) -> Self:
         return self
 
@@ -154,10 +158,7 @@ class Store(LiveRecords):
         """
         if (kind is ObjectKind.LAYER) != isinstance(meta, LayerMeta):
             raise ValueError(f"a {kind} cannot have {type(meta).__name__}")
-        if domain.kind is DomainKind.PUBLIC and not operator_signed:
-            raise NotAllowed(
-                "the public domain takes only what the operator signed; use the tenant's own domain"
-            )
+        require_operator(domain, operator_signed)
         with self._locked():
             record = self._domains.ensure(domain)
         size_bytes = staging.seal(record.gid)
@@ -210,12 +211,12 @@ class Store(LiveRecords):
 
     def require_space(self, need_bytes: int) -> None:
         """Collects garbage when `need_bytes` do not fit above the floor. OutOfSpace if they still do not."""
-        short_bytes = self._min_free_bytes + need_bytes - self._free_bytes()
-        if short_bytes <= 0:
-            return
-        self.collect(short_bytes)
+        wanted_bytes = self._min_free_bytes + need_bytes
         free_bytes = self._free_bytes()
-        if free_bytes < self._min_free_bytes + need_bytes:
+        # A blob has holes, so what a removal gives back shows only afterwards: as often as there is garbage.
+        while free_bytes < wanted_bytes and self.collect(wanted_bytes - free_bytes):
+            free_bytes = self._free_bytes()
+        if free_bytes < wanted_bytes:
             raise OutOfSpace(
                 f"{self._layout.root}: {free_bytes // _MIB} MiB are free, {need_bytes // _MIB} MiB are needed"
                 f" and {self._min_free_bytes // _MIB} MiB must stay free; remove images or enlarge the disk"
@@ -277,9 +278,7 @@ class Store(LiveRecords):
         with self._locked():
             now_s = self._clock()
             candidates = [
-                gc.Candidate(
-                    item.key, item.size_bytes, max(item.created_at_s, self._used_at_s.get(item.key, 0.0))
-                )
+                gc.Candidate(item.key, item.size_bytes, max(item.created_at_s, self._used_at_s.get(item.key, 0.0)))
                 for item in self._shelf.all()
             ]
             victims = gc.choose_victims(candidates, self.pins(), now_s, self._grace_s, need_bytes)

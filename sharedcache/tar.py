@@ -11,17 +11,13 @@ archive/tar does; a pax size, path or linkpath in a *global* header is refused.
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 from sharedcache import pax, sparse
-from sharedcache.acl import encode_acl
-from sharedcache.errors import BadArchive, LimitExceeded
+from sharedcache.acl import check_acl, encode_acl
+from sharedcache.entry import BLOCK, CHARACTER, DIRECTORY, FIFO, HARDLINK, REGULAR, SYMLINK, Entry, Xattrs
+from sharedcache.errors import BadArchive, LimitExceeded, printable
 from sharedcache.limits import Limits
 from sharedcache.stream import HashingInput
 from sharedcache.tar_header import BLOCK_BYTES, ZERO_BLOCK, Header, HeaderParser, cut_text, parse_number
-
-# Entry kinds. 1..7 are the file types of a directory entry on disk too.
-REGULAR, DIRECTORY, CHARACTER, BLOCK, FIFO, SOCKET, SYMLINK, HARDLINK = range(1, 9)
 
 _KINDS = {
     b"0": REGULAR, b"\x00": REGULAR, b"7": REGULAR, b"S": REGULAR, b"1": HARDLINK, b"2": SYMLINK,
@@ -29,42 +25,20 @@ _KINDS = {
 }  # fmt: skip
 _EXTENSIONS = frozenset((b"x", b"g", b"L", b"K", b"X", b"V"))
 _OVERLAY_PREFIXES = (b"trusted.overlay.", b"user.overlay.")
+# What Linux file systems store. Docker, too, leaves out what the kernel refuses (macOS' com.apple.*, for one).
+_NAMESPACES = (b"user.", b"trusted.", b"security.", b"system.posix_acl_")
 _TRUNCATED = "the archive was cut short: copy it again"
-Xattrs = tuple[tuple[bytes, bytes], ...]
-
-
-class Entry(NamedTuple):
-    """One member. `path` as stored. `size` counts the stored data bytes; a sparse file's apparent size
-    is `sparse.size`. `link` is a hard link's target path or a symbolic link's target. `device` is (major, minor).
-    """
-
-    kind: int
-    path: bytes
-    mode: int
-    uid: int
-    gid: int
-    mtime_s: int
-    mtime_ns: int
-    size: int
-    link: bytes
-    device: tuple[int, int]
-    xattrs: Xattrs
-    sparse: sparse.SparseMap | None
-
-
-def printable(path: bytes) -> str:
-    """A path for messages: never control bytes, never longer than 200 characters."""
-    text = path.decode("utf-8", "backslashreplace")
-    safe = "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in text[:200])
-    return safe + "…" if len(text) > 200 else safe
+_LAST_ID = 0xFFFF_FFFE  # -1 means "nobody" to the kernel and "leave it" to chown
 
 
 class TarReader:
     """Iterate for entries; between two, `chunk()` hands out the current one's data in order."""
 
-    def __init__(self, stream: HashingInput, limits: Limits) -> None:
+    def __init__(self, stream: HashingInput, limits: Limits, end_mark: bool = True) -> None:
+        """Without `end_mark` the stream may end after an entry's data."""
+        self.limits = self._limits = limits
         self._stream = stream
-        self._limits = limits
+        self._end_mark = end_mark
         self._headers = HeaderParser()
         self._globals: dict[bytes, bytes] = {}
         self._left = 0  # data bytes of the current entry not handed out yet
@@ -77,7 +51,9 @@ class TarReader:
 
     def __next__(self) -> Entry:
         """The next entry; what is left of the previous one's data is skipped."""
-        if (self._left or self._pad) and not self._stream.skip(self._left + self._pad):
+        if self._left and not self._stream.skip(self._left):
+            raise self._cut_off()
+        if self._pad and not self._stream.skip(self._pad) and self._end_mark:
             raise self._cut_off()
         self._left = self._pad = 0
         block = self._next_block()
@@ -90,17 +66,16 @@ class TarReader:
             budget -= header.size
             if header.size < 0 or budget < 0:
                 allowed = self._limits.extension_bytes
-                raise LimitExceeded("extension_bytes", allowed=allowed, where=printable(header.path))
+                raise LimitExceeded("extension_bytes", allowed=allowed, where=header.path)
             self._read_extension(header, records)
             block = self._next_block()
             if block is None:
-                raise BadArchive(
-                    "ends after an extended header", where=printable(self._path), remedy=_TRUNCATED
-                )
+                what = "the archive ends after an extended header, before its entry"
+                raise BadArchive(what, where=f"offset {self._stream.offset()}", remedy=_TRUNCATED)
             header = self._headers.parse(block, self._stream.offset() - BLOCK_BYTES)
         self._entry_count += 1
         if self._entry_count > self._limits.entries:
-            raise LimitExceeded("entries", allowed=self._limits.entries, where=printable(header.path))
+            raise LimitExceeded("entries", allowed=self._limits.entries, where=header.path)
         if records or self._globals or header.kind == b"S":
             return self._build_extended(header, block, records)
         return self._build(header, header.path, header.link, header.size, (header.mtime_s, 0), (), None)
@@ -127,6 +102,8 @@ class TarReader:
         """The next header block, or None at the end-of-archive mark (one zero block, then another or EOF)."""
         stream = self._stream
         if stream.end - stream.pos < BLOCK_BYTES and not stream.need(BLOCK_BYTES):
+            if not self._end_mark and stream.end == stream.pos:
+                return None
             what = "ends inside a header" if stream.end - stream.pos else "has no end-of-archive mark"
             raise BadArchive(f"the archive {what}", where=f"offset {stream.offset()}", remedy=_TRUNCATED)
         pos = stream.pos
@@ -141,35 +118,29 @@ class TarReader:
     def _read_extension(self, header: Header, records: list[tuple[bytes, bytes]]) -> None:
         if header.kind == b"V":  # a volume label is no member
             return
-        body = self._take(header.size, printable(header.path))
+        body = self._take(header.size, header.path)
         if header.kind in (b"L", b"K"):
-            text = cut_text(body, "GNU long name", printable(body[:100]))
+            text = cut_text(body, "GNU long name", body[:100])
             records.insert(0, (b"path" if header.kind == b"L" else b"linkpath", text))
             return
-        parsed = pax.parse_records(body, printable(header.path))
+        parsed = pax.parse_records(body, header.path)
         if header.kind != b"g":
             records.extend(parsed)
             return
         for key, value in parsed:
             if key in (b"path", b"linkpath", b"size") or key.startswith(b"GNU.sparse."):
-                raise BadArchive(
-                    f"global pax header sets {printable(key)} for every entry", where=printable(header.path)
-                )
+                raise BadArchive(f"global pax header sets {printable(key)} for every entry", where=header.path)
             self._globals[key] = value
         if sum(len(key) + len(value) for key, value in self._globals.items()) > self._limits.extension_bytes:
-            raise LimitExceeded(
-                "extension_bytes", allowed=self._limits.extension_bytes, where="global pax header"
-            )
+            raise LimitExceeded("extension_bytes", allowed=self._limits.extension_bytes, where="global pax header")
 
-    def _take(self, n_bytes: int, where: str) -> bytes:
+    def _take(self, n_bytes: int, where: str | bytes) -> bytes:
         """`n_bytes` of data and its padding, copied out (they may be more than the window holds)."""
         padded = -(-n_bytes // BLOCK_BYTES) * BLOCK_BYTES
         parts = []
         while padded:
             if not self._stream.need(1):
-                raise BadArchive(
-                    "the archive ends inside this extended header", where=where, remedy=_TRUNCATED
-                )
+                raise BadArchive("the archive ends inside this extended header", where=where, remedy=_TRUNCATED)
             stream = self._stream
             step = min(padded, stream.end - stream.pos)
             parts.append(bytes(stream.view[stream.pos : stream.pos + step]))
@@ -181,7 +152,7 @@ class TarReader:
 
     def _build_extended(self, header: Header, block: bytes, records: list[tuple[bytes, bytes]]) -> Entry:
         merged = {**self._globals, **dict(records)}
-        where = printable(merged.get(b"path") or header.path)
+        where = merged.get(b"path") or header.path
         path = merged.get(b"GNU.sparse.name") or merged.get(b"path") or header.path
         link = merged.get(b"linkpath") or header.link
         if 0 in path or 0 in link:
@@ -204,52 +175,55 @@ class TarReader:
         if kind is None:
             raise BadArchive(
                 f"entry type {header.kind!r} is not a file, folder, link, device or fifo",
-                where=printable(path),
+                where=path,
                 remedy="multi-volume and dump archives are not images: make a plain tar",
             )
         self._path = path
         if kind == REGULAR:
             if size < 0:
-                raise BadArchive(f"size {size} is negative", where=printable(path))
+                raise BadArchive(f"size {size} is negative", where=path)
             apparent = holes.size if holes is not None else size
             if apparent > self._limits.file_bytes or size > self._limits.file_bytes:
-                raise LimitExceeded("file_bytes", allowed=self._limits.file_bytes, where=printable(path))
+                raise LimitExceeded("file_bytes", allowed=self._limits.file_bytes, where=path)
             if path.endswith(b"/") and header.kind in (b"0", b"\x00"):  # v7 tar marks folders by name only
                 kind = DIRECTORY
                 if size:
-                    raise BadArchive("a folder with data", where=printable(path))
+                    raise BadArchive("a folder with data", where=path)
             stored = sum(length for _, length in holes.extents) if holes is not None else size
             self._left, self._pad = stored, -stored % BLOCK_BYTES
             size = stored
         else:
             size = 0
-        if not (0 <= header.uid <= 0xFFFF_FFFF and 0 <= header.gid <= 0xFFFF_FFFF):
-            raise BadArchive(f"owner {header.uid}:{header.gid} does not fit 32 bits", where=printable(path))
+        if not (0 <= header.uid <= _LAST_ID and 0 <= header.gid <= _LAST_ID):
+            raise BadArchive(f"owner {header.uid}:{header.gid} is not within 0..{_LAST_ID}", where=path)
         if not -(1 << 63) <= mtime[0] < 1 << 63:
-            raise BadArchive(f"mtime {mtime[0]} does not fit 64 bits", where=printable(path))
+            raise BadArchive(f"mtime {mtime[0]} does not fit 64 bits", where=path)
         device = self._device(header, path) if kind in (CHARACTER, BLOCK) else (0, 0)
-        return Entry(
-            kind, path, header.mode, header.uid, header.gid, *mtime, size, link, device, xattrs, holes
-        )
+        return Entry(kind, path, header.mode, header.uid, header.gid, *mtime, size, link, device, xattrs, holes)
 
     def _device(self, header: Header, path: bytes) -> tuple[int, int]:
-        major = parse_number(header.dev_major, "device major", printable(path))
-        minor = parse_number(header.dev_minor, "device minor", printable(path))
+        major = parse_number(header.dev_major, "device major", path)
+        minor = parse_number(header.dev_minor, "device minor", path)
         if not (0 <= major < 1 << 12 and 0 <= minor < 1 << 20):
-            raise BadArchive(f"device {major}:{minor} is not a Linux device number", where=printable(path))
+            raise BadArchive(f"device {major}:{minor} is not a Linux device number", where=path)
         return major, minor
 
-    def _collect_xattrs(self, merged: dict[bytes, bytes], where: str) -> Xattrs:
-        """Extended attributes by name. overlayfs's own are dropped: they direct a mount."""
+    def _collect_xattrs(self, merged: dict[bytes, bytes], where: str | bytes) -> Xattrs:
+        """Extended attributes by name. overlayfs's own are dropped: they direct a mount.
+
+        A POSIX ACL is checked whichever way it came: the kernel would refuse the whole file with a bad one.
+        """
         found: dict[bytes, bytes] = {}
         for key, value in merged.items():
             if key.startswith(pax.XATTR_PREFIX):
                 name = key[len(pax.XATTR_PREFIX) :]
-                if not name.startswith(_OVERLAY_PREFIXES):
+                if name.startswith(_NAMESPACES) and not name.startswith(_OVERLAY_PREFIXES):
                     found[name] = value
         for key, name in ((b"access", b"system.posix_acl_access"), (b"default", b"system.posix_acl_default")):
             text = merged.get(b"SCHILY.acl." + key)
-            if text and name not in found:
+            if name in found:
+                check_acl(found[name], where)
+            elif text:
                 found[name] = encode_acl(text, where)
         if not found:
             return ()
@@ -260,7 +234,7 @@ class TarReader:
     # ── sparse ──
 
     def _sparse_map(
-        self, header: Header, block: bytes, size: int, records: list[tuple[bytes, bytes]], where: str
+        self, header: Header, block: bytes, size: int, records: list[tuple[bytes, bytes]], where: bytes
     ) -> sparse.SparseMap | None:
         if header.kind == b"S":
             return self._old_gnu_map(block, size, where)
@@ -278,12 +252,10 @@ class TarReader:
         if b"GNU.sparse.map" in keys:
             numbers = [text for text in keys[b"GNU.sparse.map"].split(b",") if text]
         else:
-            numbers = [
-                value for key, value in records if key in (b"GNU.sparse.offset", b"GNU.sparse.numbytes")
-            ]
+            numbers = [value for key, value in records if key in (b"GNU.sparse.offset", b"GNU.sparse.numbytes")]
         return sparse.make_map(real, sparse.parse_pairs(numbers, where), size, self._limits, where)
 
-    def _old_gnu_map(self, block: bytes, size: int, where: str) -> sparse.SparseMap:
+    def _old_gnu_map(self, block: bytes, size: int, where: str | bytes) -> sparse.SparseMap:
         runs = sparse.parse_gnu_runs(block, 386, 4, where)
         real = parse_number(block[483:495], "sparse size", where)
         more = block[482] != 0
@@ -295,7 +267,7 @@ class TarReader:
                 raise LimitExceeded("sparse_extents", allowed=self._limits.sparse_extents, where=where)
         return sparse.make_map(real, runs, size, self._limits, where)
 
-    def _take_map(self, size: int, where: str) -> tuple[list[tuple[int, int]], int]:
+    def _take_map(self, size: int, where: str | bytes) -> tuple[list[tuple[int, int]], int]:
         """The 1.0 map in front of the data: decimal lines (count, then pairs). Returns runs, bytes used."""
         text = bytearray()
         lines, needed = 0, 1
@@ -312,6 +284,4 @@ class TarReader:
         return sparse.parse_pairs(bytes(text).split(b"\n")[1:needed], where), len(text)
 
     def _cut_off(self) -> BadArchive:
-        return BadArchive(
-            "the archive ends inside this entry's data", where=printable(self._path), remedy=_TRUNCATED
-        )
+        return BadArchive("the archive ends inside this entry's data", where=self._path, remedy=_TRUNCATED)

@@ -7,8 +7,9 @@ Path and duplicate rules (the outcome of extracting with docker, stated once):
   what was there, a whole subtree if it was one.
 - A hard link's target must already be in this layer and must not be a folder; links are not followed.
 - `.wh.NAME` becomes a character device 0:0 called NAME, `.wh..wh..opq` marks its folder opaque
-  (trusted.overlay.opaque=y); other `.wh..wh.*` names are aufs' own and are dropped. Where the same layer has
-  NAME too, NAME stays and, if a folder, becomes opaque: whiteouts speak of lower layers only (OCI spec).
+  (trusted.overlay.opaque=y); other `.wh..wh.*` names are aufs' own and are dropped, with all below them. A
+  folder cannot be called `.wh.*`. Where the same layer has NAME too, NAME stays and, if a folder, becomes
+  opaque: whiteouts speak of lower layers only (OCI spec).
 
 Memory: an inode without attributes or payload is 64 bytes in `table` (already in its form on disk, number k
 at 64*k) and is referred to by the int `k << 3 | type`; folders, links and inodes with attributes are `Node`s.
@@ -17,8 +18,8 @@ at 64*k) and is referred to by the int `k << 3 | type`; folders, links and inode
 from __future__ import annotations
 
 import struct
-from dataclasses import dataclass
 
+from sharedcache.entry import BLOCK, CHARACTER, DIRECTORY, HARDLINK, REGULAR, SYMLINK, Entry
 from sharedcache.erofs_layout import (
     CHUNK_BASED,
     FLAT_INLINE,
@@ -30,70 +31,18 @@ from sharedcache.erofs_layout import (
     inode_format,
     pack_xattrs,
 )
-from sharedcache.errors import BadArchive, LimitExceeded
+from sharedcache.errors import BadArchive, LimitExceeded, printable
 from sharedcache.limits import Limits
+from sharedcache.node import NO_DATA, S_IFMT, FileData, Node, Ref
 from sharedcache.paths import OPAQUE_MARKER, WHITEOUT_PREFIX, split_path
-from sharedcache.tar import BLOCK, CHARACTER, DIRECTORY, FIFO, HARDLINK, REGULAR, SYMLINK, Entry, printable
 
-S_IFMT = {
-    REGULAR: 0o100000,
-    DIRECTORY: 0o040000,
-    SYMLINK: 0o120000,
-    CHARACTER: 0o020000,
-    BLOCK: 0o060000,
-    FIFO: 0o010000,
-}
 _PLAIN_FORMAT = inode_format(FLAT_PLAIN)
-_OPAQUE = (b"trusted.overlay.opaque", b"y")
 _NLINK = struct.Struct("<I")
 _PARENT_CACHE = 4096
-_NODE_COST = 200  # bytes of bookkeeping charged per inode or name against metadata_bytes
-
-
-class Node:
-    """A folder, link, or an inode with attributes or a chunk map. Mutable until `erofs` lays it out."""
-
-    __slots__ = (
-        "device_or_block", "entries", "gid", "kind", "layout", "mode", "mtime_ns", "mtime_s", "nid", "nlink",
-        "opaque", "parent", "payload", "size", "uid", "xattrs",
-    )  # fmt: skip
-
-    def __init__(self, kind: int) -> None:
-        self.kind = kind
-        self.mode = 0o755
-        self.uid = self.gid = self.mtime_s = self.mtime_ns = self.size = self.device_or_block = self.nid = 0
-        self.nlink = 1
-        self.layout = FLAT_PLAIN
-        self.opaque = False
-        self.parent: Node | None = None
-        self.entries: dict[bytes, Ref] = {}
-        self.payload = b""  # a link's target, or a chunk map
-        self.xattrs: tuple[tuple[bytes, bytes], ...] = ()
-
-    def take_attributes(self, entry: Entry) -> None:
-        """Owner, mode, time and extended attributes from a member."""
-        self.mode, self.uid, self.gid = entry.mode, entry.uid, entry.gid
-        self.mtime_s, self.mtime_ns, self.xattrs = entry.mtime_s, entry.mtime_ns, entry.xattrs
-
-    def packed_xattrs(self) -> bytes:
-        """The inline xattr area, overlayfs's opaque mark included."""
-        return pack_xattrs((*self.xattrs, _OPAQUE) if self.opaque else self.xattrs, "")
-
-
-Ref = int | Node
-
-
-@dataclass(frozen=True, slots=True)
-class FileData:
-    """Where a regular file's content lies: a start block, or chunks (format word and packed block map)."""
-
-    block: int
-    size: int
-    chunk_format: int = 0
-    chunk_map: bytes = b""
-
-
-NO_DATA = FileData(0, 0)
+# What is charged against metadata_bytes, measured: a name with its plain inode; what a Node costs beyond it.
+_NAME_COST = 250
+_NODE_COST = 500
+_XATTR_COST = 150
 
 
 class Tree:
@@ -113,6 +62,8 @@ class Tree:
 
     def add(self, entry: Entry, data: FileData = NO_DATA) -> None:
         """Put a member into the tree. BadArchive or LimitExceeded when the rules above forbid it."""
+        if WHITEOUT_PREFIX in entry.path and self._is_of_aufs(entry.path):
+            return
         parent_path, _, leaf = entry.path.rpartition(b"/")
         parent = self._parents.get(parent_path)
         if parent is None or len(leaf) > self._limits.name_bytes or leaf in (b"", b".", b".."):
@@ -127,8 +78,8 @@ class Tree:
             if entry.path.endswith(leaf):
                 self._parents[parent_path] = parent
         elif len(entry.path) > self._limits.path_bytes:
-            raise LimitExceeded("path_bytes", allowed=self._limits.path_bytes, where=printable(entry.path))
-        self._charge(_NODE_COST + len(leaf), entry.path)
+            raise LimitExceeded("path_bytes", allowed=self._limits.path_bytes, where=entry.path)
+        self._charge(_NAME_COST + len(leaf), entry.path)
         if leaf.startswith(WHITEOUT_PREFIX):
             self._add_whiteout(parent, leaf, entry)
         elif entry.kind == REGULAR and not entry.xattrs and not data.chunk_map:
@@ -154,8 +105,8 @@ class Tree:
 
     def _add_root(self, entry: Entry) -> None:
         if entry.kind != DIRECTORY:
-            raise BadArchive("the image's root is not a folder", where=printable(entry.path))
-        pack_xattrs(entry.xattrs, printable(entry.path))
+            raise BadArchive("the image's root is not a folder", where=entry.path)
+        pack_xattrs(entry.xattrs, entry.path)
         self.root.take_attributes(entry)
 
     def _add_folder(self, parent: Node, leaf: bytes, entry: Entry) -> None:
@@ -168,7 +119,7 @@ class Tree:
         node.take_attributes(entry)
 
     def _add_hardlink(self, parent: Node, leaf: bytes, entry: Entry) -> None:
-        where = printable(entry.path)
+        where = entry.path
         parts = split_path(entry.link, self._limits)
         target: Ref | None = self.root
         holder: Ref | None = None
@@ -204,15 +155,22 @@ class Tree:
             node.layout, node.device_or_block = CHUNK_BASED, data.chunk_format
         if entry.kind == SYMLINK:
             if not entry.link:
-                raise BadArchive("symbolic link without a target", where=printable(entry.path))
+                raise BadArchive("symbolic link without a target", where=entry.path)
             if len(entry.link) > self._limits.path_bytes:
-                raise LimitExceeded(
-                    "path_bytes", allowed=self._limits.path_bytes, where=printable(entry.path)
-                )
+                raise LimitExceeded("path_bytes", allowed=self._limits.path_bytes, where=entry.path)
             node.layout, node.payload, node.size = FLAT_INLINE, entry.link, len(entry.link)
         self._charge(len(node.payload), entry.path)
         self.inodes[entry.kind] += 1
         self._put(parent, leaf, node)
+
+    def _is_of_aufs(self, path: bytes) -> bool:
+        """Whether the member lies below one of aufs' own names. BadArchive when it lies below another marker."""
+        for part in split_path(path, self._limits)[:-1]:
+            if part.startswith(WHITEOUT_PREFIX):
+                if part.startswith(WHITEOUT_PREFIX * 2) and part != OPAQUE_MARKER:
+                    return True
+                raise BadArchive(f"{printable(part)!r} is a whiteout marker, not a folder", where=path)
+        return False
 
     def _add_whiteout(self, parent: Node, leaf: bytes, entry: Entry) -> None:
         name = leaf[len(WHITEOUT_PREFIX) :]
@@ -221,8 +179,10 @@ class Tree:
             return
         if name.startswith(WHITEOUT_PREFIX):
             return
+        if entry.kind == DIRECTORY:
+            raise BadArchive("a whiteout marker that is a folder", where=entry.path)
         if name in (b"", b".", b".."):
-            raise BadArchive("whiteout of no name", where=printable(entry.path))
+            raise BadArchive("whiteout of no name", where=entry.path)
         old = parent.entries.get(name)
         if isinstance(old, Node) and old.kind == DIRECTORY:
             old.opaque = True
@@ -248,7 +208,7 @@ class Tree:
         node.parent = parent
         self.inodes[DIRECTORY] += 1
         if self.inodes[DIRECTORY] > self._limits.entries:
-            raise LimitExceeded("entries", allowed=self._limits.entries, where=printable(leaf))
+            raise LimitExceeded("entries", allowed=self._limits.entries, where=leaf)
         self._put(parent, leaf, node)
         return node
 
@@ -258,7 +218,7 @@ class Tree:
         for part in parts:
             child = node.entries.get(part)
             if child is None or child == self._whiteout:
-                self._charge(_NODE_COST + len(part), path)
+                self._charge(_NAME_COST + _NODE_COST + len(part), path)
                 made = self._new_folder(node, part)
                 made.opaque = child is not None
                 child = made
@@ -266,7 +226,7 @@ class Tree:
                 what = "symbolic link" if isinstance(child, Node) and child.kind == SYMLINK else "file"
                 raise BadArchive(
                     f"the path goes through {printable(part)!r}, a {what} of this layer",
-                    where=printable(path),
+                    where=path,
                     remedy="a link is never followed on import: store the entry under the link's target",
                 )
             node = child
@@ -300,9 +260,9 @@ class Tree:
     def _charge_xattrs(self, entry: Entry) -> None:
         self._charge(_NODE_COST, entry.path)
         if entry.xattrs:
-            self._charge(len(pack_xattrs(entry.xattrs, printable(entry.path))), entry.path)
+            self._charge(len(pack_xattrs(entry.xattrs, entry.path)) + _XATTR_COST * len(entry.xattrs), entry.path)
 
     def _charge(self, n_bytes: int, path: bytes) -> None:
         self._metadata_bytes += n_bytes
         if self._metadata_bytes > self._limits.metadata_bytes:
-            raise LimitExceeded("metadata_bytes", allowed=self._limits.metadata_bytes, where=printable(path))
+            raise LimitExceeded("metadata_bytes", allowed=self._limits.metadata_bytes, where=path)

@@ -133,6 +133,4 @@ def test_the_gate_has_the_last_word(root: Path, clock: Clock) -> None:
 
 
 def _signed(store: Store) -> None:
-    store.publish_bytes(
-        b"k", domain=Domain.public(), kind=ObjectKind.KERNEL, meta=FileMeta(), operator_signed=True
-    )
+    store.publish_bytes(b"k", domain=Domain.public(), kind=ObjectKind.KERNEL, meta=FileMeta(), operator_signed=True)

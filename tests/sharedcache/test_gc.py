@@ -51,8 +51,6 @@ def test_never_a_pinned_or_young_one(
         assert sum(by_key[key].size_bytes for key in victims[:-1]) < need
     if need is None:
         assert all(
-            item.key in victims
-            or now_s - item.last_used_s < grace_s
-            or any(item.key in k for k in held.values())
+            item.key in victims or now_s - item.last_used_s < grace_s or any(item.key in k for k in held.values())
             for item in items
         )

@@ -71,7 +71,12 @@ def test_a_get_hashes_once(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         item = publish(store, b"w" * 5000)
     measured: list[Path] = []
     real = blobs.measure
-    monkeypatch.setattr(blobs, "measure", lambda path, gid: (measured.append(path), real(path, gid))[1])
+
+    def counted(path: Path, gid: int) -> blobs.Measured:
+        measured.append(path)
+        return real(path, gid)
+
+    monkeypatch.setattr(blobs, "measure", counted)
     with Store.open(root, min_free_bytes=0) as store:
         with ThreadPoolExecutor(4) as pool:
             list(pool.map(lambda _: store.get(ACME, item.digest), range(8)))
