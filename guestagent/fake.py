@@ -29,12 +29,15 @@ from guestagent.messages import (
     GuestState,
     GuestStats,
     Kind,
+    Prepare,
     ProcState,
+    Renew,
     StartProcess,
     Stream,
 )
 from guestagent.misbehaviour import Misbehaviour, spoil
 from guestagent.script import (
+    DEFAULT_STATS,
     OUTPUT_BYTES,
     SIGNAL_EXIT_CODE,
     WINDOW_BYTES,
@@ -43,31 +46,16 @@ from guestagent.script import (
     ScriptedProcess,
     default_script,
 )
-from guestagent.wire import decode_configure, decode_start, encode_guest_state, encode_stats
+from guestagent.wire import (
+    decode_configure,
+    decode_prepare,
+    decode_renew,
+    decode_start,
+    encode_guest_state,
+    encode_stats,
+)
 
 __all__ = ["DEFAULT_STATS", "FakeAgent", "Misbehaviour", "Script", "default_script"]
-
-DEFAULT_STATS = GuestStats(
-    mem_total_kib=262144,
-    mem_free_kib=131072,
-    mem_available_kib=196608,
-    cached_kib=12288,
-    shmem_kib=1024,
-    anon_kib=8192,
-    psi_mem_some_us=0,
-    psi_mem_full_us=0,
-    psi_cpu_some_us=1000,
-    psi_io_some_us=2000,
-    cpu_user_us=500000,
-    cpu_system_us=300000,
-    uptime_ms=5000,
-    procs=1,
-    oom_kills=0,
-    pgfault=1000,
-    refault=0,
-    agent_rss_kib=900,
-    cpus_online=1,
-)
 
 
 class FakeAgent:
@@ -75,7 +63,7 @@ class FakeAgent:
 
     `scripts` says what each START runs. `misbehaviour` may be set at any time and begins after
     `honest_replies` more REPLYs (HELLO's is the first). `requests` are the kinds of the messages that came,
-    `configured` is what CONFIGURE gave, `powered_off` whether SHUTDOWN came.
+    `configured` is what CONFIGURE gave, `renewed` what RENEW gave, `powered_off` whether SHUTDOWN came.
     """
 
     def __init__(
@@ -91,7 +79,10 @@ class FakeAgent:
         self.honest_replies = honest_replies
         self.boot_id = boot_id
         self.stats = stats
+        self.prepared: Prepare | None = None
         self.configured: Configure | None = None
+        self.renewed: Renew | None = None
+        self.frozen = False
         self.powered_off = False
         self.requests: list[Kind] = []
         self._scripts = scripts
@@ -189,6 +180,10 @@ class FakeAgent:
         handlers: dict[Kind, Callable[..., object]] = {
             Kind.HELLO: self._hello,
             Kind.CONFIGURE: self._configure,
+            Kind.PREPARE: self._prepare,
+            Kind.RENEW: self._renew,
+            Kind.FREEZE: self._freeze,
+            Kind.THAW: self._thaw,
             Kind.START: self._start,
             Kind.STDIN: self._stdin,
             Kind.ACK: self._ack,
@@ -226,10 +221,32 @@ class FakeAgent:
         configured = self.configured is not None
         return encode_guest_state(GuestState(PROTOCOL_VERSION, "0.1.0", self.boot_id, configured, procs))
 
+    def _prepare(self, body: object) -> None:
+        if self.configured is not None or self.prepared is not None:
+            raise OSError(errno.EALREADY, "prepared or configured already")
+        self.prepared = decode_prepare(body)
+
     def _configure(self, body: object) -> None:
         if self.configured is not None:
             raise OSError(errno.EALREADY, "configured already")
+        if self.prepared is not None and self.prepared.layers != decode_configure(body).layers:
+            raise OSError(errno.EINVAL, "other layers than these were prepared")
         self.configured = decode_configure(body)
+
+    def _freeze(self, deadline_ms: int) -> None:
+        if self.configured is None:
+            raise OSError(errno.EAGAIN, "not configured yet")
+        if self.frozen:
+            raise OSError(errno.EALREADY, "the workload is frozen")
+        self.frozen = True
+
+    def _thaw(self) -> None:
+        self.frozen = False
+
+    def _renew(self, body: object) -> None:
+        if not self.frozen:
+            raise OSError(errno.EINVAL, "FREEZE comes first")
+        self.renewed, self.frozen = decode_renew(body), False
 
     def _start(self, body: object) -> int:
         start = decode_start(body)

@@ -110,9 +110,7 @@ class StdinLedger:
         if self.eof:
             raise BadRequest(f"stdin of process {proc} was ended before")
         if len(data) > self.room(limits):
-            raise WindowFull(
-                f"stdin of process {proc} has room for {self.room(limits)} bytes, not {len(data)}"
-            )
+            raise WindowFull(f"stdin of process {proc} has room for {self.room(limits)} bytes, not {len(data)}")
         offset = self.sent
         self.unacked += data
         self.eof = eof
@@ -120,9 +118,7 @@ class StdinLedger:
 
     def take_ack(self, proc: int, offset: int) -> None:
         if not self.floor <= offset <= self.sent:
-            raise ProtocolError(
-                f"STDIN_ACK of process {proc} at {offset}, outside {self.floor} … {self.sent}"
-            )
+            raise ProtocolError(f"STDIN_ACK of process {proc} at {offset}, outside {self.floor} … {self.sent}")
         self.floor = offset
         if offset > self.acked:
             del self.unacked[: offset - self.acked]
@@ -138,9 +134,7 @@ class ProcLedger:
     stdin: StdinLedger = field(default_factory=StdinLedger)
     resend_from: int = 0
     exited: Exited | None = None
-    outputs: dict[Stream, OutputLedger] = field(
-        default_factory=lambda: {stream: OutputLedger() for stream in Stream}
-    )
+    outputs: dict[Stream, OutputLedger] = field(default_factory=lambda: {stream: OutputLedger() for stream in Stream})
 
     @classmethod
     def resumed(cls, state: ProcState, carry: ProcCarry | None, limits: Limits) -> ProcLedger:

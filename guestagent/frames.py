@@ -65,9 +65,7 @@ def encode_frame(message: list[object]) -> bytes:
     except (ValueError, TypeError, OverflowError) as error:
         raise BadRequest(f"message of kind {message[0]} cannot be encoded: {error}") from error
     if len(payload) > MAX_PAYLOAD_BYTES:
-        raise BadRequest(
-            f"message of kind {message[0]} takes {len(payload)} bytes, a frame holds {MAX_PAYLOAD_BYTES}"
-        )
+        raise BadRequest(f"message of kind {message[0]} takes {len(payload)} bytes, a frame holds {MAX_PAYLOAD_BYTES}")
     return HEADER.pack(len(payload), zlib.crc32(payload)) + payload
 
 

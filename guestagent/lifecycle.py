@@ -32,8 +32,6 @@ TRANSITIONS: dict[tuple[SessionState, Trigger], SessionState] = {
     (_S.SYNCED, _T.HELLO): _S.HELLO_SENT,
     (_S.HELLO_SENT, _T.HELLO_ANSWERED): _S.READY,
     **{(state, _T.BREACH): _S.FAILED for state in (_S.UNSYNCED, _S.SYNCED, _S.HELLO_SENT, _S.READY)},
-    **{
-        (state, _T.CLOSE): _S.CLOSED for state in (_S.UNSYNCED, _S.SYNCED, _S.HELLO_SENT, _S.READY, _S.CLOSED)
-    },
+    **{(state, _T.CLOSE): _S.CLOSED for state in (_S.UNSYNCED, _S.SYNCED, _S.HELLO_SENT, _S.READY, _S.CLOSED)},
     (_S.FAILED, _T.CLOSE): _S.FAILED,
 }

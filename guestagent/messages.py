@@ -39,6 +39,10 @@ class Kind(IntEnum):
     STATS = 8
     SHUTDOWN = 9
     FORGET = 10
+    PREPARE = 11
+    RENEW = 12
+    FREEZE = 13
+    THAW = 14
     REPLY = 64
     OUTPUT = 65
     EXITED = 66
@@ -64,6 +68,34 @@ def require_uint(value: int, name: str, maximum: int, minimum: int = 0) -> None:
     require(minimum <= value <= maximum, f"{name} = {value} is outside {minimum} … {maximum}")
 
 
+def require_layers(layers: tuple[bytes, ...]) -> None:
+    """BadRequest unless they are 1 … MAX_LAYERS different volume uuids."""
+    require(1 <= len(layers) <= MAX_LAYERS, f"{len(layers)} layers, need 1 … {MAX_LAYERS}")
+    for uuid in layers:
+        require(len(uuid) == VOLUME_UUID_BYTES, f"layer uuid {uuid.hex()} is not 16 bytes")
+    require(len(set(layers)) == len(layers), "two layers have the same uuid")
+
+
+def require_identity(given: Configure | Renew) -> None:
+    """BadRequest unless hostname, entropy, machine_id and time_unix_ns are fit."""
+    require(bool(_HOSTNAME.fullmatch(given.hostname)), f"hostname {given.hostname!r} is not a host name")
+    require_uint(len(given.entropy), "bytes of entropy", MAX_ENTROPY_BYTES, MIN_ENTROPY_BYTES)
+    require(bool(_MACHINE_ID.fullmatch(given.machine_id)), "machine_id is not 32 lower-case hex digits")
+    require_uint(given.time_unix_ns, "time_unix_ns", U64_MAX, 1)
+
+
+@dataclass(frozen=True)
+class Prepare:
+    """An image for a guest that is to be a template: `layers` as in Configure. Before CONFIGURE, once per boot."""
+
+    layers: tuple[bytes, ...]
+    deadline_ms: int
+
+    def __post_init__(self) -> None:
+        require_layers(self.layers)
+        require_uint(self.deadline_ms, "deadline_ms", U32_MAX, 1)
+
+
 @dataclass(frozen=True)
 class Configure:
     """What makes a booted guest one particular sandbox. Given once per boot (a second time is EALREADY).
@@ -82,16 +114,23 @@ class Configure:
     deadline_ms: int
 
     def __post_init__(self) -> None:
-        require(bool(_HOSTNAME.fullmatch(self.hostname)), f"hostname {self.hostname!r} is not a host name")
-        require(1 <= len(self.layers) <= MAX_LAYERS, f"{len(self.layers)} layers, need 1 … {MAX_LAYERS}")
-        for uuid in self.layers:
-            require(len(uuid) == VOLUME_UUID_BYTES, f"layer uuid {uuid.hex()} is not 16 bytes")
-        require(len(set(self.layers)) == len(self.layers), "two layers have the same uuid")
+        require_identity(self)
+        require_layers(self.layers)
         require_uint(self.upper_mib, "upper_mib", U32_MAX, 1)
-        require_uint(len(self.entropy), "bytes of entropy", MAX_ENTROPY_BYTES, MIN_ENTROPY_BYTES)
-        require(bool(_MACHINE_ID.fullmatch(self.machine_id)), "machine_id is not 32 lower-case hex digits")
-        require_uint(self.time_unix_ns, "time_unix_ns", U64_MAX, 1)
         require_uint(self.deadline_ms, "deadline_ms", U32_MAX, 1)
+
+
+@dataclass(frozen=True)
+class Renew:
+    """What makes the frozen copy of a guest a sandbox of its own, before its workload goes on; as in Configure."""
+
+    hostname: bytes
+    entropy: bytes
+    machine_id: bytes
+    time_unix_ns: int
+
+    def __post_init__(self) -> None:
+        require_identity(self)
 
 
 @dataclass(frozen=True)

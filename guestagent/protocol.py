@@ -36,7 +36,9 @@ from guestagent.messages import (
     Kind,
     Output,
     OutputEnded,
+    Prepare,
     ProcState,
+    Renew,
     Reply,
     ReplyReceived,
     StartProcess,
@@ -54,6 +56,8 @@ from guestagent.wire import (
     decode_refusal,
     decode_stats,
     encode_configure,
+    encode_prepare,
+    encode_renew,
     encode_start,
 )
 
@@ -164,10 +168,7 @@ class AgentSession:
         if ledger.followed:
             raise BadRequest(f"process {proc} is followed already")
         ledger.followed = True
-        parts = [
-            encode_frame([Kind.ACK, 0, proc, stream, output.acked])
-            for stream, output in ledger.outputs.items()
-        ]
+        parts = [encode_frame([Kind.ACK, 0, proc, stream, output.acked]) for stream, output in ledger.outputs.items()]
         stdin = ledger.stdin
         again = bytes(stdin.unacked[ledger.resend_from - stdin.acked :])
         if again or stdin.eof:
@@ -176,8 +177,23 @@ class AgentSession:
 
     # Requests: each gives its id and the bytes to write; the answer comes as ReplyReceived with that id.
 
+    def prepare(self, prepare: Prepare) -> tuple[int, bytes]:
+        return self._request(Kind.PREPARE, encode_prepare(prepare))
+
     def configure(self, configure: Configure) -> tuple[int, bytes]:
         return self._request(Kind.CONFIGURE, encode_configure(configure))
+
+    def freeze(self, deadline_ms: int) -> tuple[int, bytes]:
+        """Answered when the workload stands still; ETIMEDOUT, and it goes on, when it does not by the deadline."""
+        require_uint(deadline_ms, "deadline_ms", U32_MAX, 1)
+        return self._request(Kind.FREEZE, deadline_ms)
+
+    def thaw(self) -> tuple[int, bytes]:
+        return self._request(Kind.THAW)
+
+    def renew(self, renew: Renew) -> tuple[int, bytes]:
+        """Also thaws."""
+        return self._request(Kind.RENEW, encode_renew(renew))
 
     def start(self, start: StartProcess) -> tuple[int, bytes]:
         """The reply's body is the guest's pid. Refused: ENOENT, EACCES, ENOEXEC, EINVAL (see PROTOCOL.md)."""
@@ -312,9 +328,7 @@ class AgentSession:
             return None
         ledger = self._procs.get(message.proc)
         if ledger is None:
-            raise ProtocolError(
-                f"{type(message).__name__} of process {message.proc}, not started by the host"
-            )
+            raise ProtocolError(f"{type(message).__name__} of process {message.proc}, not started by the host")
         if isinstance(message, StdinAcked):
             ledger.stdin.take_ack(message.proc, message.offset)
             return message

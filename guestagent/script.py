@@ -6,11 +6,35 @@ import errno
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from guestagent.messages import StartProcess, Stream
+from guestagent.messages import GuestStats, StartProcess, Stream
 
 WINDOW_BYTES = 65536
 OUTPUT_BYTES = 32768
 SIGNAL_EXIT_CODE = -1
+
+
+DEFAULT_STATS = GuestStats(
+    mem_total_kib=262144,
+    mem_free_kib=131072,
+    mem_available_kib=196608,
+    cached_kib=12288,
+    shmem_kib=1024,
+    anon_kib=8192,
+    psi_mem_some_us=0,
+    psi_mem_full_us=0,
+    psi_cpu_some_us=1000,
+    psi_io_some_us=2000,
+    cpu_user_us=500000,
+    cpu_system_us=300000,
+    uptime_ms=5000,
+    procs=1,
+    oom_kills=0,
+    pgfault=1000,
+    refault=0,
+    agent_rss_kib=900,
+    cpus_online=1,
+)
+"""What a small idle guest says."""
 
 
 @dataclass(frozen=True)

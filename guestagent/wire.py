@@ -23,7 +23,9 @@ from guestagent.messages import (
     GuestStats,
     Kind,
     Output,
+    Prepare,
     ProcState,
+    Renew,
     Reply,
     StartProcess,
     StdinAcked,
@@ -98,9 +100,7 @@ def decode_agent_message(message: list[object], max_text_chars: int) -> AgentMes
     if len(message) != lengths[kind]:
         raise ProtocolError(f"{kind.name} has {len(message)} fields, not {lengths[kind]}")
     if kind is Kind.REPLY:
-        return Reply(
-            _uint(message[1], "REPLY id", U32_MAX, 1), _uint(message[2], "REPLY errno", ERRNO_MAX), message[3]
-        )
+        return Reply(_uint(message[1], "REPLY id", U32_MAX, 1), _uint(message[2], "REPLY errno", ERRNO_MAX), message[3])
     _uint(message[1], f"{kind.name} id", 0)
     if kind is Kind.EVENT:
         return _event(message, max_text_chars)
@@ -186,6 +186,14 @@ def encode_configure(configure: Configure) -> dict[str, object]:
     return {**asdict(configure), "layers": list(configure.layers)}
 
 
+def encode_prepare(prepare: Prepare) -> dict[str, object]:
+    return {"layers": list(prepare.layers), "deadline_ms": prepare.deadline_ms}
+
+
+def encode_renew(renew: Renew) -> dict[str, object]:
+    return asdict(renew)
+
+
 def encode_start(start: StartProcess) -> dict[str, object]:
     return {**asdict(start), "argv": list(start.argv), "env": list(start.env)}
 
@@ -204,6 +212,24 @@ def decode_configure(body: object) -> Configure:
         _data(given.get("machine_id"), "machine_id"),
         _uint(given.get("time_unix_ns"), "time_unix_ns"),
         _uint(given.get("deadline_ms"), "deadline_ms"),
+    )
+
+
+def decode_prepare(body: object) -> Prepare:
+    """BadRequest or ProtocolError when the map is not one."""
+    given = _map(body, "PREPARE")
+    layers = tuple(_data(uuid, "layer") for uuid in _list(given.get("layers"), "layers"))
+    return Prepare(layers, _uint(given.get("deadline_ms"), "deadline_ms"))
+
+
+def decode_renew(body: object) -> Renew:
+    """BadRequest or ProtocolError when the map is not one."""
+    given = _map(body, "RENEW")
+    return Renew(
+        _data(given.get("hostname"), "hostname"),
+        _data(given.get("entropy"), "entropy"),
+        _data(given.get("machine_id"), "machine_id"),
+        _uint(given.get("time_unix_ns"), "time_unix_ns"),
     )
 
 

@@ -79,22 +79,16 @@ offset = small | st.sampled_from([4, 10, 65536, 2**32, 2**64 - 1])
 likely = st.one_of(
     st.tuples(st.just(64), st.integers(0, 7), st.sampled_from([0, 0, 2, 4095]), value),
     st.tuples(st.just(65), st.just(0), st.integers(0, 4), st.integers(0, 3), offset, st.binary(max_size=12)),
-    st.tuples(
-        st.just(66), st.just(0), st.integers(0, 4), st.integers(-1, 3), st.sampled_from([0, 9]), st.booleans()
-    ),
+    st.tuples(st.just(66), st.just(0), st.integers(0, 4), st.integers(-1, 3), st.sampled_from([0, 9]), st.booleans()),
     st.tuples(st.just(67), st.just(0), st.integers(0, 4), offset),
-    st.tuples(
-        st.just(68), st.just(0), st.text(max_size=5), st.dictionaries(st.text(max_size=3), small, max_size=2)
-    ),
+    st.tuples(st.just(68), st.just(0), st.text(max_size=5), st.dictionaries(st.text(max_size=3), small, max_size=2)),
 ).map(list)
 message = likely | st.lists(value, max_size=6)
 
 
 @given(st.lists(message, max_size=6), st.lists(st.integers(0, 500), max_size=12))
 @settings(max_examples=400, deadline=None, derandomize=True)
-def test_well_framed_nonsense_gives_events_or_one_named_breach(
-    messages: list[list[object]], cuts: list[int]
-) -> None:
+def test_well_framed_nonsense_gives_events_or_one_named_breach(messages: list[list[object]], cuts: list[int]) -> None:
     data = b"".join(encode_frame(item) for item in messages)
     assert comparable(outcome(driven(), data, cuts)) == comparable(outcome(driven(), data, []))
 
@@ -129,9 +123,7 @@ def test_any_answer_to_hello_is_taken_or_refused(body: object) -> None:
 
 
 def script(start: StartProcess) -> Script:
-    return Script(
-        stdout=b"o" * 3000, stderr=b"e" * 10, exit_code=7 if start.proc == 2 else None, echo_stdin=True
-    )
+    return Script(stdout=b"o" * 3000, stderr=b"e" * 10, exit_code=7 if start.proc == 2 else None, echo_stdin=True)
 
 
 def transcript() -> bytes:
@@ -208,9 +200,7 @@ def mutate(rng: random.Random, payloads: list[bytes]) -> bytes:
 
 
 def test_the_unchanged_transcript_is_taken_whole() -> None:
-    events, problem = outcome(
-        ready_for_transcript(), b"".join(frame_again(p) for p in payloads_after_hello()), []
-    )
+    events, problem = outcome(ready_for_transcript(), b"".join(frame_again(p) for p in payloads_after_hello()), [])
     assert problem == ""
     assert len(events) > 12
 

@@ -39,9 +39,7 @@ def reply(link: Link, request: tuple[int, bytes]) -> ReplyReceived:
 
 
 def output_of(link: Link, stream: Stream = Stream.STDOUT) -> bytes:
-    return b"".join(
-        event.data for event in link.events if isinstance(event, Output) and event.stream is stream
-    )
+    return b"".join(event.data for event in link.events if isinstance(event, Output) and event.stream is stream)
 
 
 # Keeping the contract
@@ -103,9 +101,7 @@ def test_output_waits_for_the_window() -> None:
     assert len(output_of(link)) == 65536
     assert output_of(link, Stream.STDERR) == b"warn"
     while not isinstance(link.events[-1], Exited):
-        last = [
-            event for event in link.events if isinstance(event, Output) and event.stream is Stream.STDOUT
-        ][-1]
+        last = [event for event in link.events if isinstance(event, Output) and event.stream is Stream.STDOUT][-1]
         link.send(link.session.ack(1, Stream.STDOUT, last.offset + len(last.data)))
     assert output_of(link) == bytes(200_000)
 

@@ -227,9 +227,7 @@ def test_output_comes_in_order_and_ends() -> None:
 
 
 def fill(session: AgentSession, start: int) -> None:
-    session.receive(
-        frame(65, 0, 1, 1, start, bytes(32768)) + frame(65, 0, 1, 1, start + 32768, bytes(32768)), 0.0
-    )
+    session.receive(frame(65, 0, 1, 1, start, bytes(32768)) + frame(65, 0, 1, 1, start + 32768, bytes(32768)), 0.0)
 
 
 def test_the_window_holds_64_kib_past_the_last_ack() -> None:
@@ -493,9 +491,7 @@ def test_an_end_is_not_taken_early() -> None:
         (proc_state(stdin=1), ProcCarry(1, 0, 0, 2, b"llo"), "stands at 1, outside 2 … 5"),
     ],
 )
-def test_a_guest_that_lost_or_made_up_bytes_is_a_breach(
-    state: ProcState, known: ProcCarry, problem: str
-) -> None:
+def test_a_guest_that_lost_or_made_up_bytes_is_a_breach(state: ProcState, known: ProcCarry, problem: str) -> None:
     session = AgentSession(NONCE, carry=SessionCarry("boot-1", (known,)))
     session.receive(ANSWER, 0.0)
     session.hello()

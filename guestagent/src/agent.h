@@ -1,0 +1,181 @@
+/* The agent: one epoll loop over the port, its processes' pipes, SIGCHLD and PSI. No threads; every buffer
+ * bounded.
+ *
+ * `struct agent` is the whole state. Who owns what: port.c the connection, proc.c the processes, world.c the
+ * namespaces they live in, configure.c the way from a booted guest to one sandbox, dispatch.c what each
+ * message does. What comes later (a hugetlb balloon, self-defence by PSI, a supervisor of seccomp
+ * notifications) is each one more source in the loop (enum role) and, where the host speaks with it, one more
+ * kind in dispatch.c.
+ */
+#ifndef SANDLOOM_AGENT_H
+#define SANDLOOM_AGENT_H
+
+#include <stdbool.h>
+#include <stdint.h>
+#include <sys/epoll.h>
+#include <sys/types.h>
+
+#include "flow.h"
+#include "message.h"
+#include "text.h"
+#include "wire.h"
+
+enum {
+    MAX_PROCS = 512,    /* records held at once: HELLO's reply must fit into a frame */
+    MAIN_PROC = 1,      /* when it ends, all end */
+    LINGER_MS = 2000,   /* how long output may still come from others after the process itself is gone */
+    DRAIN_MS = 1000,    /* how long a shutdown waits for the host to take the last output */
+    SETTLE_MS = 30,     /* from the last byte given to the port until the power goes */
+    REASON_BYTES = 240, /* of an error message */
+    SCRATCH_BYTES = 16384,
+};
+
+/* What an epoll event is about. The first four are a process's, by its slot. */
+enum role { ROLE_OUT, ROLE_ERR, ROLE_IN, ROLE_STATUS, ROLE_PORT, ROLE_LISTENER, ROLE_SIGNALS, ROLE_PRESSURE };
+
+enum proc_state { PROC_FREE, PROC_STARTING, PROC_RUNNING, PROC_EXITED };
+
+struct stream {
+    int fd; /* -1: closed */
+    bool watched;
+    bool deserted; /* a terminal that nobody holds just now; its process may open it again */
+    uint64_t left; /* bytes to read before it is closed; UINT64_MAX: until its end */
+    struct output out;
+};
+
+struct proc {
+    enum proc_state state;
+    uint32_t number;   /* the host's */
+    uint32_t start_id; /* START's request, 0 when it was answered or its session is gone */
+    uint32_t generation;
+    pid_t pid;       /* ours */
+    int32_t its_pid; /* as the workload sees it */
+    int status_fd, stdin_fd;
+    bool tty, followed, exit_sent, stdin_watched;
+    int wait_status;
+    uint64_t linger_until_ms; /* 0: not yet gone */
+    struct stream streams[2];
+    struct input in;
+};
+
+/* The namespaces of the workload: an init that only reaps, and what we hold of it. */
+struct world {
+    pid_t init; /* 0: none runs */
+    bool ended; /* killed, and not replaced */
+    int mnt_fd, ipc_fd, pts_fd, proc_fd;
+};
+
+/* What CONFIGURE asked for, kept while its layers' devices are waited for. */
+struct pending_configure {
+    uint32_t id;    /* 0: none is pending */
+    bool preparing; /* for PREPARE: the image only, no identity */
+    uint64_t deadline_ms, retry_ms;
+    uint64_t upper_mib;
+    uint32_t layer_count;
+    uint8_t layers[MAX_LAYERS][UUID_BYTES];
+    char devices[MAX_LAYERS][16]; /* "pmem3"; empty: not found yet */
+    char hostname[MAX_HOSTNAME_BYTES + 1];
+    char machine_id[MACHINE_ID_BYTES + 1];
+};
+
+enum shutdown_phase { SHUTDOWN_NONE, SHUTDOWN_GRACE, SHUTDOWN_KILLED, SHUTDOWN_DRAINED };
+
+struct agent {
+    bool in_guest;    /* PID 1 of a guest; else the same program on a build machine (main.c) */
+    const char *root; /* what becomes the workload's root */
+    int epoll_fd, signal_fd, port_fd, listener_fd, pressure_fd;
+    bool greeted;  /* HELLO was answered in this session */
+    bool prepared; /* the layers named in `pending` are mounted and joined */
+    bool configured, peer_gone;
+    char boot_id[40];
+    struct rx rx;
+    struct tx tx;
+    size_t rx_peak, tx_peak; /* how far into their buffers they were since the last release */
+    struct proc procs[MAX_PROCS];
+    uint32_t proc_end, next_turn; /* slots in use are below proc_end; whose output is first next time */
+    uint32_t generation;
+    struct world world;
+    struct pending_configure pending;
+    enum shutdown_phase shutdown;
+    uint64_t shutdown_ms; /* when its phase is over */
+    uint64_t oom_kills, oom_check_ms;
+    char reason_buffer[REASON_BYTES];
+    struct text reason; /* of the error that is being made */
+};
+
+/* loop.c */
+uint64_t now_ms(void);
+int agent_loop(struct agent *agent); /* returns the exit status, on a build machine */
+int watch(struct agent *agent, int fd, enum role role, uint32_t slot, uint32_t generation, uint32_t events);
+void unwatch(struct agent *agent, int fd);
+void log_line(const char *what, const char *on, int error); /* to the kernel's log; error 0: none */
+/* `error`, with a message in agent->reason: WHAT + SUBJECT (made printable) + the errno's name for people. */
+int because(struct agent *agent, int error, const char *what, const char *subject);
+
+/* port.c */
+bool port_find(struct agent *agent, uint64_t deadline_ms);
+bool port_receive(struct agent *agent); /* whether anything came */
+bool port_send(struct agent *agent);    /* whether anything went */
+
+/* dispatch.c */
+void dispatch(struct agent *agent, const uint8_t *payload, size_t size);
+void reply_nil(struct agent *agent, uint32_t id);
+void reply_error(struct agent *agent, uint32_t id, int error); /* with agent->reason */
+void reply_uint(struct agent *agent, uint32_t id, uint64_t value);
+void session_begin(struct agent *agent);
+void session_end(struct agent *agent);
+
+/* proc.c */
+struct proc *proc_find(struct agent *agent, uint32_t number);
+struct proc *proc_new(struct agent *agent, uint32_t number);
+void proc_free(struct agent *agent, struct proc *proc);
+bool procs_running(const struct agent *agent);
+void proc_reaped(struct agent *agent, pid_t pid, int wait_status);
+uint64_t procs_linger(struct agent *agent, uint64_t now); /* the next deadline, UINT64_MAX: none */
+
+/* streams.c */
+void proc_ready(struct agent *agent, uint32_t slot, enum role role);
+void proc_take_stdin(struct agent *agent, struct proc *proc, const struct message *message);
+void stream_close(struct agent *agent, struct stream *stream);
+void stream_settle(struct agent *agent, struct proc *proc,
+                   int which); /* watches it, or not, as its window has room */
+void stdin_close(struct agent *agent, struct proc *proc);
+void stdin_settle(struct agent *agent, struct proc *proc); /* writes what it can */
+void stream_read(struct agent *agent, struct proc *proc, int which);
+bool procs_speak(struct agent *agent); /* queues what may be said; whether anything was */
+
+/* start.c */
+int proc_start(struct agent *agent,
+               const struct message *message);            /* 0 (the reply comes later) or an errno */
+void proc_status(struct agent *agent, struct proc *proc); /* its child reported, or runs its program */
+void proc_winsize(struct proc *proc, uint16_t rows, uint16_t cols);
+
+/* configure.c, layers.c, world.c, identity.c: 0 or an errno, with a message in agent->reason. */
+int prepare_begin(struct agent *agent, const struct message *message);
+int configure_begin(struct agent *agent, const struct message *message); /* 0: the reply comes later */
+void configure_step(struct agent *agent, uint64_t now);
+void configure_cancel(struct agent *agent);
+bool layers_find(struct pending_configure *pending);
+int layers_resize_upper(struct agent *agent);
+int layers_mount(struct agent *agent);
+void layers_unmount(void);
+int world_start(struct agent *agent);
+void world_kill(struct agent *agent);
+void world_leave(struct agent *agent); /* at the end, on a build machine */
+int identity_kernel(struct agent *agent, const struct configure *configure);
+int identity_files(struct agent *agent);
+
+/* boot.c */
+void boot(struct agent *agent);
+
+/* stats.c */
+void stats_reply(struct agent *agent, uint32_t id);
+void pressure_open(struct agent *agent);
+void pressure_ready(struct agent *agent);
+void oom_check(struct agent *agent);
+
+/* shutdown.c */
+void shutdown_begin(struct agent *agent, uint64_t grace_ms);
+void shutdown_step(struct agent *agent, uint64_t now);
+
+#endif

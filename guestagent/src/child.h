@@ -1,0 +1,30 @@
+/* Between fork and exec: a child becomes a process of the workload, or says why it cannot. */
+#ifndef SANDLOOM_CHILD_H
+#define SANDLOOM_CHILD_H
+
+#include "message.h"
+
+enum { REPORT_TEXT_BYTES = 240 };
+
+/* What a child says on its status pipe: once, its pid as the workload sees it (error 0), and once more when
+ * it fails. Small enough to be written and read as a whole. */
+struct report {
+    int32_t error;
+    int32_t pid;
+    char text[REPORT_TEXT_BYTES];
+};
+
+struct child {
+    const struct start *start;
+    int mnt_fd, ipc_fd; /* the workload's namespaces */
+    int in, out, err;   /* what become 0, 1 and 2; with a terminal all the same */
+    int status;
+};
+
+_Noreturn void child_run(const struct child *child);
+/* Gives up every capability but those a workload has (a docker-like set), or all when `none`. */
+int capabilities_limit(bool none);
+/* The set in force for uid 0. */
+int capabilities_apply(bool none);
+
+#endif
