@@ -173,11 +173,14 @@ class ImportImageRequest(_message.Message):
         TOTAL_BYTES_FIELD_NUMBER: _builtins.int
         HOST_FIELD_NUMBER: _builtins.int
         CMD_FIELD_NUMBER: _builtins.int
+        TENANT_FIELD_NUMBER: _builtins.int
         name: _builtins.str
         total_bytes: _builtins.int
         """0: unknown"""
         host: _builtins.str
         """empty: the server chooses"""
+        tenant: _builtins.str
+        """set by the control plane: whose sharing domain the layers go to"""
         @_builtins.property
         def cmd(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
             """default command of a plain rootfs"""
@@ -189,10 +192,11 @@ class ImportImageRequest(_message.Message):
             total_bytes: _builtins.int = ...,
             host: _builtins.str = ...,
             cmd: _abc.Iterable[_builtins.str] | None = ...,
+            tenant: _builtins.str = ...,
         ) -> None: ...
         _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
         def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-        _ClearFieldArgType: _TypeAlias = _typing.Literal["cmd", b"cmd", "host", b"host", "name", b"name", "total_bytes", b"total_bytes"]  # noqa: Y015
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["cmd", b"cmd", "host", b"host", "name", b"name", "tenant", b"tenant", "total_bytes", b"total_bytes"]  # noqa: Y015
         def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
         def WhichOneof(self, oneof_group: _Never) -> None: ...
 

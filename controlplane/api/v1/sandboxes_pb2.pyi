@@ -261,6 +261,7 @@ class SandboxSpec(_message.Message):
     REMOVE_ON_EXIT_FIELD_NUMBER: _builtins.int
     LABELS_FIELD_NUMBER: _builtins.int
     HOSTNAME_FIELD_NUMBER: _builtins.int
+    COLD_FIELD_NUMBER: _builtins.int
     image: _builtins.str
     """name as given; the server resolves image_digest"""
     image_digest: _builtins.str
@@ -268,6 +269,8 @@ class SandboxSpec(_message.Message):
     remove_on_exit: _builtins.bool
     hostname: _builtins.str
     """empty: the sandbox's name"""
+    cold: _builtins.bool
+    """boot, even where a template could be cloned"""
     @_builtins.property
     def resources(self) -> Global___Resources: ...
     @_builtins.property
@@ -284,10 +287,11 @@ class SandboxSpec(_message.Message):
         remove_on_exit: _builtins.bool = ...,
         labels: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
         hostname: _builtins.str = ...,
+        cold: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["process", b"process", "resources", b"resources"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["class", b"class", "hostname", b"hostname", "image", b"image", "image_digest", b"image_digest", "labels", b"labels", "process", b"process", "remove_on_exit", b"remove_on_exit", "resources", b"resources"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["class", b"class", "cold", b"cold", "hostname", b"hostname", "image", b"image", "image_digest", b"image_digest", "labels", b"labels", "process", b"process", "remove_on_exit", b"remove_on_exit", "resources", b"resources"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -360,7 +364,7 @@ class StartPhase(_message.Message):
     NAME_FIELD_NUMBER: _builtins.int
     SECONDS_FIELD_NUMBER: _builtins.int
     name: _builtins.str
-    """vmm, kernel, agent, workload"""
+    """vmm, kernel, agent, workload; of a clone vmm, restore, answer, agent, workload"""
     seconds: _builtins.float
     def __init__(
         self,
@@ -390,6 +394,7 @@ class SandboxStatus(_message.Message):
     FINISHED_AT_FIELD_NUMBER: _builtins.int
     START_PHASES_FIELD_NUMBER: _builtins.int
     ACCEL_FIELD_NUMBER: _builtins.int
+    ORIGIN_FIELD_NUMBER: _builtins.int
     HOST_PID_FIELD_NUMBER: _builtins.int
     OBSERVED_EPOCH_FIELD_NUMBER: _builtins.int
     RESTARTS_OF_HOST_FIELD_NUMBER: _builtins.int
@@ -403,6 +408,8 @@ class SandboxStatus(_message.Message):
     has_exit_code: _builtins.bool
     accel: _builtins.str
     """kvm or tcg"""
+    origin: _builtins.str
+    """how it came up: a cold boot and why, or a clone of which template"""
     host_pid: _builtins.int
     """of the VMM or sentry, for operators"""
     observed_epoch: _builtins.int
@@ -429,13 +436,14 @@ class SandboxStatus(_message.Message):
         finished_at: _timestamp_pb2.Timestamp | None = ...,
         start_phases: _abc.Iterable[Global___StartPhase] | None = ...,
         accel: _builtins.str = ...,
+        origin: _builtins.str = ...,
         host_pid: _builtins.int = ...,
         observed_epoch: _builtins.int = ...,
         restarts_of_host: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["finished_at", b"finished_at", "resize", b"resize", "started_at", b"started_at"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["accel", b"accel", "exit_code", b"exit_code", "finished_at", b"finished_at", "has_exit_code", b"has_exit_code", "host_pid", b"host_pid", "message", b"message", "observed_epoch", b"observed_epoch", "phase", b"phase", "reason", b"reason", "resize", b"resize", "restarts_of_host", b"restarts_of_host", "start_phases", b"start_phases", "started_at", b"started_at"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["accel", b"accel", "exit_code", b"exit_code", "finished_at", b"finished_at", "has_exit_code", b"has_exit_code", "host_pid", b"host_pid", "message", b"message", "observed_epoch", b"observed_epoch", "origin", b"origin", "phase", b"phase", "reason", b"reason", "resize", b"resize", "restarts_of_host", b"restarts_of_host", "start_phases", b"start_phases", "started_at", b"started_at"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
