@@ -1,0 +1,51 @@
+"""The table of commands: the one place that knows them all."""
+
+from __future__ import annotations
+
+from controlplane.cli import (
+    attach,
+    completion,
+    dev,
+    doctor,
+    events,
+    hosts,
+    images,
+    logs,
+    resize,
+    run,
+    sandboxes,
+    share,
+    version,
+)
+from controlplane.cli.command import AnyCommand
+from controlplane.cli.exec import COMMAND as EXEC
+
+ALL: tuple[AnyCommand, ...] = (
+    doctor.COMMAND,
+    dev.UP,
+    dev.DOWN,
+    dev.STATUS,
+    images.IMPORT,
+    images.LS,
+    images.INSPECT,
+    images.RM,
+    run.COMMAND,
+    EXEC,
+    attach.COMMAND,
+    logs.COMMAND,
+    sandboxes.PS,
+    sandboxes.INSPECT,
+    resize.COMMAND,
+    sandboxes.STOP,
+    sandboxes.RM,
+    sandboxes.WAIT,
+    share.COMMAND,
+    hosts.COMMAND,
+    events.COMMAND,
+    version.COMMAND,
+)
+
+TABLE: dict[tuple[str, ...], AnyCommand] = {command.words: command for command in ALL}
+"""In the order in which the help shows them."""
+
+TABLE["completion",] = completion.command_for(TABLE)

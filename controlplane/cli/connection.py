@@ -1,0 +1,145 @@
+"""The connection to a control plane: which one, its stubs, and its errors as CliErrors."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
+from contextlib import asynccontextmanager, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import grpc
+import grpc.aio
+
+from controlplane.api.channel import TlsFiles, connect
+from controlplane.api.status import DETAILS_TRAILER, Condition, Failure, parse_error
+from controlplane.api.v1 import hosts_pb2_grpc, images_pb2_grpc, sandboxes_pb2_grpc
+from controlplane.cli.errors import CallFailed, CliError, Unreachable
+from controlplane.cli.home import Context, Home, load_context
+
+CALL_S = 30.0  # deadline of a call that should answer at once
+PAGE_SIZE = 500
+CLIENT_STEMS = ("operator", "tenant")  # whose certificates a --tls-dir may hold (controlplane.ca names the files)
+
+T = TypeVar("T")
+Remedies = Mapping[Condition, str]
+
+REMEDIES: Remedies = {
+    Condition.DENIED: "use a certificate whose role may do it (--tls-dir)",
+    Condition.UNAUTHENTICATED: "use a certificate of this fabric's own CA (--tls-dir)",
+    Condition.CONFLICT: "it changed meanwhile: try again",
+    Condition.UNAVAILABLE: "try again; `sandloom hosts` shows what is up",
+    Condition.DEADLINE: "try again; `sandloom hosts` shows what is up",
+    Condition.EXHAUSTED: "ask for less, or free something (`sandloom hosts`, `sandloom ps`)",
+    Condition.INTERNAL: "the daemons' logs say more (`sandloom dev status` names them)",
+}
+"""What to do next, where a command knows nothing better."""
+
+
+@dataclass(frozen=True)
+class Target:
+    """What the command line says about the connection: `--address` and `--tls-dir` win over the context file."""
+
+    home: Home
+    address: str = ""
+    tls_dir: Path | None = None
+
+
+@dataclass(frozen=True)
+class Fabric:
+    """The stubs of one open channel."""
+
+    address: str
+    sandboxes: sandboxes_pb2_grpc.SandboxesAsyncStub
+    images: images_pb2_grpc.ImagesAsyncStub
+    hosts: hosts_pb2_grpc.HostsAsyncStub
+
+
+def resolve(target: Target) -> Context:
+    """The context to use. NoFabric when neither flags nor a context file say; CliError names a missing TLS file."""
+    if target.tls_dir is None:
+        base = load_context(target.home)
+        context = Context(target.address or base.address, base.tls_ca, base.tls_cert, base.tls_key)
+    else:
+        address = target.address or load_context(target.home).address
+        folder, stem = target.tls_dir, _stem(target.tls_dir)
+        context = Context(address, folder / "ca.crt", folder / f"{stem}.crt", folder / f"{stem}.key")
+    for path in (context.tls_ca, context.tls_cert, context.tls_key):
+        if not os.access(path, os.R_OK):
+            raise CliError("a TLS file cannot be read", str(path), "be root, or give --tls-dir")
+    return context
+
+
+def _stem(folder: Path) -> str:
+    return next((stem for stem in CLIENT_STEMS if (folder / f"{stem}.crt").exists()), CLIENT_STEMS[0])
+
+
+@asynccontextmanager
+async def open_fabric(target: Target) -> AsyncIterator[Fabric]:
+    """The stubs, and a channel that is closed afterwards. Nothing is sent before the first call."""
+    context = resolve(target)
+    tls = TlsFiles(context.tls_ca, context.tls_cert, context.tls_key)
+    async with connect(context.address, tls) as channel:
+        yield Fabric(
+            context.address,
+            sandboxes_pb2_grpc.SandboxesStub(channel),
+            images_pb2_grpc.ImagesStub(channel),
+            hosts_pb2_grpc.HostsStub(channel),
+        )
+
+
+@contextmanager
+def calling(what: str, remedies: Remedies | None = None) -> Iterator[None]:
+    """Turns a failed RPC into CallFailed: `what` failed, and what to do by condition (else by REMEDIES)."""
+    try:
+        yield
+    except grpc.RpcError as error:
+        raise translated(what, error, remedies or {}) from error
+
+
+def translated(what: str, error: grpc.RpcError, remedies: Remedies) -> CallFailed:
+    """The CallFailed of one RpcError; Unreachable when nothing of ours answered."""
+    failure = parse_error(error)
+    if failure.condition is Condition.UNAVAILABLE and not _is_ours(error):
+        return Unreachable(
+            "the control plane does not answer", _short(failure.message), "see `sandloom dev status`; "
+            "`sandloom dev up` starts it", code=failure.code.name, reason=failure.reason,
+        )  # fmt: skip
+    remedy = remedies.get(failure.condition, REMEDIES.get(failure.condition, ""))
+    if "`sandloom " in failure.message:
+        remedy = ""  # it says so itself
+    return CallFailed(what, explained(failure), remedy, code=failure.code.name, reason=failure.reason)
+
+
+def _is_ours(error: grpc.RpcError) -> bool:
+    trailers: Any = error.trailing_metadata() if isinstance(error, grpc.aio.AioRpcError) else None
+    return any(key == DETAILS_TRAILER for key, _ in trailers or ())
+
+
+def _short(message: str) -> str:
+    """The part of a transport's message that is for people: grpc repeats itself."""
+    return message.split("; RPC Error", 1)[0].removeprefix("failed to connect to all addresses; last error: ")[:200]
+
+
+def explained(failure: Failure) -> str:
+    """The message, then those details whose values it does not already say."""
+    untold = [f"{name}={value}" for name, value in failure.details if value and value not in failure.message]
+    return failure.message + (f" ({', '.join(untold)})" if untold else "")
+
+
+def open_stream(method: Any) -> Any:
+    """A call of a stream-stream method that is written to and read from by hand (the stubs know no such call)."""
+    return method()
+
+
+async def every_page(fetch: Callable[[str], Awaitable[Any]], rows: Callable[[Any], list[T]]) -> list[T]:
+    """All rows of a paged list: `fetch` a page by its token, `rows` takes them out of an answer."""
+    found: list[T] = []
+    token = ""
+    while True:
+        page = await fetch(token)
+        found.extend(rows(page))
+        token = page.next_page_token
+        if not token:
+            return found

@@ -1,0 +1,168 @@
+"""The files of a one-host fabric: its CA and certificates, and the configuration of its two daemons.
+
+HOME/tls/ca/           the authority (controlplane.ca)
+HOME/tls/              ca.crt, and <role>.crt and .key of operator, controlplane and host
+HOME/controlplane.toml listen, store, tls_ca, tls_cert, tls_key
+HOME/hostd.toml        as hostd/config.py has it; also remembers what `dev up` was told the first time
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import platform
+import re
+import time
+import tomllib
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from controlplane.api.channel import TlsFiles
+from controlplane.api.identity import NAME_PATTERN, Identity, Role
+from controlplane.ca import Authority
+from controlplane.cli.errors import CliError
+from controlplane.cli.home import Context, Home, replace_file
+
+LOOPBACK = "127.0.0.1"
+ANY_PORT = f"{LOOPBACK}:0"
+ACCELS = ("auto", "kvm", "tcg")
+OPERATOR, CONTROLPLANE = "admin", "local"
+MAX_RUN_DIR_BYTES = 67  # hostd/config.py: what unix(7) leaves for the sockets below it
+LOCK_S = 120.0
+LOCK_POLL_S = 0.1
+
+
+@dataclass(frozen=True)
+class HostSettings:
+    """What `dev up` may be told of its host."""
+
+    name: str
+    accel: str = "auto"
+    memory_reserve_mib: int = 512
+
+
+def default_host_name(nodename: str) -> str:
+    """A DNS label of this machine's name; `local` when nothing is left of it."""
+    label = re.sub(r"[^a-z0-9-]+", "-", nodename.split(".", 1)[0].lower()).strip("-")[:63].strip("-")
+    return label if NAME_PATTERN.fullmatch(label) else "local"
+
+
+def toml(values: Mapping[str, str | int | Path]) -> str:
+    """Top-level keys as TOML; JSON's strings are TOML's basic strings but for DEL."""
+    lines = []
+    for key, value in values.items():
+        text = str(value) if isinstance(value, int) else json.dumps(str(value), ensure_ascii=False)
+        lines.append(f"{key} = {text}\n".replace("\x7f", "\\u007F"))
+    return "".join(lines)
+
+
+def controlplane_toml(home: Home, listen: str) -> str:
+    """The control plane's configuration."""
+    tls = tls_files(home, Role.CONTROLPLANE)
+    store = f"sqlite:{home.store / 'sandloom.db'}"
+    return toml({"listen": listen, "store": store, "tls_ca": tls.ca, "tls_cert": tls.cert, "tls_key": tls.key})
+
+
+def cgroup_name(home: Home) -> str:
+    """The folder of this fabric's cgroups: a machine may have several fabrics."""
+    return f"sandloom-{hashlib.sha256(str(home.root).encode()).hexdigest()[:12]}"
+
+
+def hostd_toml(home: Home, settings: HostSettings, controlplane: str) -> str:
+    """hostd's configuration."""
+    tls = tls_files(home, Role.HOST)
+    return toml({
+        "host": settings.name, "state_dir": home.state, "run_dir": home.run, "listen": ANY_PORT,
+        "controlplane": controlplane, "tls_ca": tls.ca, "tls_cert": tls.cert, "tls_key": tls.key,
+        "cgroup": cgroup_name(home), "accel": settings.accel, "memory_reserve_mib": settings.memory_reserve_mib,
+    })  # fmt: skip
+
+
+def controlplane_config(home: Home) -> Path:
+    return home.root / "controlplane.toml"
+
+
+def hostd_config(home: Home) -> Path:
+    return home.root / "hostd.toml"
+
+
+def recorded_settings(home: Home) -> HostSettings | None:
+    """What an earlier `dev up` was told; None when there was none or its file is no use."""
+    try:
+        values = tomllib.loads(hostd_config(home).read_text(encoding="utf-8"))
+        settings = HostSettings(str(values["host"]), str(values["accel"]), int(values["memory_reserve_mib"]))
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return settings if NAME_PATTERN.fullmatch(settings.name) else None
+
+
+def settings_for(home: Home, host_name: str | None, accel: str | None, memory_reserve_mib: int | None) -> HostSettings:
+    """What was asked for, else what was recorded, else the defaults. CliError when the host would be renamed."""
+    before = recorded_settings(home)
+    if before is not None and host_name is not None and host_name != before.name:
+        raise CliError(
+            f"this fabric's host cannot become {host_name}", f"it is named {before.name}",
+            "leave --host-name out, or begin anew after `sandloom dev down --purge`",
+        )  # fmt: skip
+    name = host_name or (before.name if before else default_host_name(platform.node()))
+    if not NAME_PATTERN.fullmatch(name):
+        raise CliError("not a host name", repr(name), "use small letters, digits and -, at most 63")
+    base = before or HostSettings(name)
+    return HostSettings(
+        name, accel or base.accel, base.memory_reserve_mib if memory_reserve_mib is None else memory_reserve_mib
+    )
+
+
+def check_length(home: Home) -> None:
+    """CliError when HOME is too long for the unix sockets below it."""
+    length = len(os.fsencode(home.run))
+    if length > MAX_RUN_DIR_BYTES:
+        raise CliError(
+            "this HOME's path is too long", f"{home.run} has {length} bytes, {MAX_RUN_DIR_BYTES} are the most",
+            "choose a shorter --home: unix sockets live below it",
+        )  # fmt: skip
+
+
+def tls_files(home: Home, role: Role) -> TlsFiles:
+    """Where a role's certificate is, issued or not."""
+    return TlsFiles(home.tls / "ca.crt", home.tls / f"{role.value}.crt", home.tls / f"{role.value}.key")
+
+
+def issue(home: Home, role: Role, name: str) -> None:
+    """A new certificate of the fabric's own CA, which is made when there is none. TlsError."""
+    addresses = (LOOPBACK,) if role in (Role.CONTROLPLANE, Role.HOST) else ()
+    Authority.ensure(home.tls / "ca").issue_files(Identity(role, name), home.tls, ip_addresses=addresses)
+
+
+def context_of(home: Home, address: str) -> Context:
+    """How the operator reaches the control plane at `address`."""
+    tls = tls_files(home, Role.OPERATOR)
+    return Context(address, tls.ca, tls.cert, tls.key)
+
+
+def write_config(path: Path, text: str) -> None:
+    replace_file(path, text)
+
+
+@contextmanager
+def locked(home: Home, *, waiting: Callable[[], None] = lambda: None, deadline_s: float = LOCK_S) -> Iterator[None]:
+    """Holds HOME/lock: one `dev up` or `dev down` at a time. CliError when another one takes too long."""
+    descriptor = os.open(home.lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        give_up_s = time.monotonic() + deadline_s
+        while True:
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                waiting()
+            if time.monotonic() > give_up_s:
+                raise CliError("another `dev up` or `dev down` is at work", str(home.lock), "wait for it to end")
+            time.sleep(LOCK_POLL_S)
+        yield
+    finally:
+        os.close(descriptor)
