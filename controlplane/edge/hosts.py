@@ -1,0 +1,138 @@
+"""Between sandloom.v1's host and image messages and values. Pure."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+
+from controlplane.api.identity import NAME_PATTERN
+from controlplane.api.v1 import hosts_pb2, images_pb2
+from controlplane.edge.enums import CLASSES, parse_class, seconds, timestamp
+from controlplane.errors import Invalid
+from controlplane.model import Capacity, Host, Image, ImageConfig, Layer
+
+DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
+IMAGE_NAME = re.compile(r"[a-z0-9]([a-z0-9._/:-]{0,126}[a-z0-9])?")
+ADDRESS = re.compile(r"(\[[0-9a-fA-F:.]+\]|[A-Za-z0-9._-]+):[0-9]{1,5}")
+MAX_IMAGES = 10_000
+
+
+def parse_host(message: hosts_pb2.Host, now_s: float) -> Host:
+    """A host's report, seen now."""
+    if not NAME_PATTERN.fullmatch(message.name):
+        raise Invalid("host.name", f"it must match {NAME_PATTERN.pattern}")
+    if not ADDRESS.fullmatch(message.runtime_address):
+        raise Invalid("host.runtime_address", f"{message.runtime_address!r} is not HOST:PORT")
+    if len(message.image_digests) > MAX_IMAGES or not all(DIGEST.fullmatch(d) for d in message.image_digests):
+        raise Invalid("host.image_digests", f"at most {MAX_IMAGES}, each sha256:<64 hex>")
+    sizes = message.capacity
+    return Host(
+        name=message.name,
+        capacity=Capacity(
+            sizes.memory_mib, sizes.memory_available_mib, sizes.memory_reserved_mib, sizes.cpu_milli,
+            sizes.disk_free_mib, sizes.system_reserve_mib, sizes.vm_overhead_mib,
+        ),
+        runtime_address=message.runtime_address,
+        last_seen_s=now_s,
+        classes=tuple(parse_class(number, "host.classes") for number in message.classes),
+        accel=message.accel,
+        isolation_note=message.isolation_note,
+        kernel_version=message.kernel_version,
+        guest_kernel_version=message.guest_kernel_version,
+        qemu_version=message.qemu_version,
+        cgroup_version=message.cgroup_version,
+        image_digests=tuple(message.image_digests),
+        sandboxes=message.sandboxes,
+    )  # fmt: skip
+
+
+def render_host(host: Host, *, ready: bool) -> hosts_pb2.Host:
+    """A host as operators see it."""
+    sizes = host.capacity
+    return hosts_pb2.Host(
+        name=host.name,
+        state=hosts_pb2.READY if ready else hosts_pb2.LOST,
+        capacity=hosts_pb2.HostCapacity(
+            memory_mib=sizes.memory_mib,
+            memory_available_mib=sizes.memory_available_mib,
+            memory_reserved_mib=sizes.memory_reserved_mib,
+            cpu_milli=sizes.cpu_milli,
+            disk_free_mib=sizes.disk_free_mib,
+            system_reserve_mib=sizes.system_reserve_mib,
+            vm_overhead_mib=sizes.vm_overhead_mib,
+        ),
+        accel=host.accel,
+        isolation_note=host.isolation_note,
+        kernel_version=host.kernel_version,
+        guest_kernel_version=host.guest_kernel_version,
+        qemu_version=host.qemu_version,
+        cgroup_version=host.cgroup_version,
+        runtime_address=host.runtime_address,
+        image_digests=host.image_digests,
+        sandboxes=host.sandboxes,
+        last_seen=timestamp(host.last_seen_s),
+        classes=[CLASSES[kind] for kind in host.classes],
+        resource_version=host.revision,
+    )
+
+
+def parse_image_name(name: str, field: str) -> str:
+    """A name an image may be bound to; never one that looks like a digest."""
+    if not IMAGE_NAME.fullmatch(name) or name.startswith("sha256:"):
+        raise Invalid(field, f"{name!r} is no image name: it must match {IMAGE_NAME.pattern} and not be a digest")
+    return name
+
+
+def parse_image(message: images_pb2.Image, *, name: str, tenant: str) -> Image:
+    """An image as a host imported it, under the name that it gets here."""
+    if not DIGEST.fullmatch(message.digest):
+        raise Invalid("image.digest", f"{message.digest!r} is not sha256:<64 hex>")
+    config = message.config
+    return Image(
+        name=name,
+        tenant=tenant,
+        digest=message.digest,
+        layers=tuple(Layer(one.digest, one.size_bytes, one.source_digest, one.volume_uuid) for one in message.layers),
+        config=ImageConfig(
+            tuple(config.entrypoint), tuple(config.cmd), tuple(sorted(config.env.items())), config.workdir, config.user
+        ),
+        size_bytes=message.size_bytes,
+        created_at_s=seconds(message.created_at),
+        format=message.format,
+    )
+
+
+def render_image(image: Image, hosts: Iterable[str]) -> images_pb2.Image:
+    """An image as its tenant sees it; `hosts` hold it."""
+    config = image.config
+    return images_pb2.Image(
+        name=image.name,
+        digest=image.digest,
+        layers=[
+            images_pb2.Layer(
+                digest=layer.digest,
+                size_bytes=layer.size_bytes,
+                source_digest=layer.source_digest,
+                volume_uuid=layer.volume_uuid,
+            )
+            for layer in image.layers
+        ],
+        config=images_pb2.ImageConfig(
+            entrypoint=config.entrypoint,
+            cmd=config.cmd,
+            env=dict(config.env),
+            workdir=config.workdir,
+            user=config.user,
+        ),
+        size_bytes=image.size_bytes,
+        created_at=timestamp(image.created_at_s),
+        hosts=sorted(hosts),
+        tenant=image.tenant,
+        format=image.format,
+        resource_version=image.revision,
+    )
+
+
+def parse_image_reference(text: str, field: str = "name") -> str:
+    """An image's name or digest, given to find one."""
+    return text if DIGEST.fullmatch(text) else parse_image_name(text, field)

@@ -1,0 +1,125 @@
+"""The edge every RPC passes: who calls, may they, how long may it take, and errors to statuses. Once, here.
+
+    async with gate.admit(context, USERS) as caller: ...
+
+Roles come from the peer's certificate. An operator acts as tenant `default` unless the call's metadata names another
+one (`sandloom-tenant`); nobody else may say who they are. What leaves the block as an error becomes a gRPC status with
+details (api/status.py); anything that is not one of ours is a bug, is logged with its trace and told as INTERNAL.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import grpc
+import grpc.aio
+
+from controlplane.api.errors import ControlPlaneError
+from controlplane.api.identity import NAME_PATTERN, Identity, Role, peer_identity
+from controlplane.api.status import Condition, Failure, abort, parse_error
+from controlplane.errors import Denied, IdentityError, Invalid, OperationError
+
+log = logging.getLogger("sandloom.controlplane.gate")
+
+Context = grpc.aio.ServicerContext[Any, Any]
+
+DEFAULT_TENANT = "default"
+TENANT_HEADER = "sandloom-tenant"
+UNARY_DEADLINE_S = 30.0
+"""How long a call that answers once may take when the client set no deadline of its own."""
+
+USERS = frozenset({Role.OPERATOR, Role.TENANT})
+OPERATORS = frozenset({Role.OPERATOR})
+HOSTS = frozenset({Role.HOST})
+
+
+@dataclass(frozen=True)
+class Caller:
+    """Who calls: the certificate's identity, and the tenant it acts for (empty for hosts)."""
+
+    identity: Identity
+    tenant: str
+
+    @property
+    def is_operator(self) -> bool:
+        """Whether the caller sees the fabric as a whole."""
+        return self.identity.role is Role.OPERATOR
+
+
+class Gate:
+    """One server's gate. `close` ends every call that is open."""
+
+    def __init__(self, *, unary_deadline_s: float = UNARY_DEADLINE_S) -> None:
+        self.unary_deadline_s = unary_deadline_s
+        self._open: set[asyncio.Task[Any]] = set()
+        self._closing = False
+
+    @asynccontextmanager
+    async def admit(self, context: Context, roles: frozenset[Role], *, stream: bool = False) -> AsyncIterator[Caller]:
+        """The caller, if its role is one of `roles`. A stream may last; other calls have a deadline in any case."""
+        task = asyncio.current_task()
+        assert task is not None
+        self._open.add(task)
+        try:
+            caller = _caller(context, roles)
+            unbounded = stream or context.time_remaining() is not None
+            async with asyncio.timeout(None if unbounded else self.unary_deadline_s):
+                yield caller
+        except (OperationError, ControlPlaneError) as error:
+            await abort(context, failure_of(error))
+        except grpc.aio.AioRpcError as error:
+            await abort(context, parse_error(error))
+        except TimeoutError:
+            text = "it took longer than it may: read what became of it, then retry"
+            await abort(context, Failure(Condition.DEADLINE, "DeadlineExceeded", text))
+        except asyncio.CancelledError:
+            if not self._closing or context.cancelled():
+                raise
+            task.uncancel()
+            text = "this control plane is stopping: connect again"
+            await abort(context, Failure(Condition.UNAVAILABLE, "ServerStopping", text, retry_after_s=1.0))
+        except grpc.aio.AbortError:
+            raise
+        except Exception as error:
+            log.exception("a bug: %s", context.peer())
+            text = f"{type(error).__name__} in the control plane: look at its log"
+            await abort(context, Failure(Condition.INTERNAL, "InternalError", text))
+        finally:
+            self._open.discard(task)
+
+    def close(self) -> None:
+        """Ends every open call with UNAVAILABLE (ServerStopping)."""
+        self._closing = True
+        for task in list(self._open):
+            task.cancel()
+
+
+def failure_of(error: ControlPlaneError) -> Failure:
+    """What goes on the wire for one of our errors."""
+    if isinstance(error, OperationError):
+        return error.failure()
+    condition = Condition.UNAUTHENTICATED if isinstance(error, IdentityError) else Condition.INTERNAL
+    return Failure(condition, type(error).__name__, str(error))
+
+
+def _caller(context: Context, roles: frozenset[Role]) -> Caller:
+    identity = peer_identity(context.auth_context())
+    if identity.role not in roles:
+        wanted = " or ".join(sorted(role.value for role in roles))
+        raise Denied("WrongRole", f"{identity} may not do this: it takes the certificate of a {wanted}")
+    asked = [value for key, value in context.invocation_metadata() or () if key == TENANT_HEADER]
+    if identity.role is Role.TENANT:
+        if asked and asked != [identity.name]:
+            raise Denied("WrongTenant", f"{identity} may not act for tenant {asked[0]!r}")
+        return Caller(identity, identity.name)
+    if identity.role is not Role.OPERATOR:
+        return Caller(identity, "")
+    tenant = str(asked[0]) if asked else DEFAULT_TENANT
+    if not NAME_PATTERN.fullmatch(tenant):
+        raise Invalid(TENANT_HEADER, f"{tenant!r} is not a tenant's name: it must match {NAME_PATTERN.pattern}")
+    return Caller(identity, tenant)

@@ -1,0 +1,98 @@
+"""Where things are in the store. One place, so that no two parts of the control plane can disagree.
+
+sandboxes/<tenant>/<name>,<uid>      Sandbox     ("," sorts below all of a name's characters: key order is name order)
+uids/<uid>                           the sandbox's key
+names/<tenant>/<name>                uid of the newest sandbox of that name; guards the name against a second one
+requests/<tenant>/<request_id>       Request     what a request_id was first used for
+images/<tenant>/<name>               Image
+image-use/<tenant>/<digest>          uid of the newest user; guards an image against removal while one is made
+residency/<tenant>/<digest>/<host>   Residency
+hosts/<host>                         Host
+alive/<host>                         present as long as the host's lease is
+placements/<host>                    uid last placed there; guards the host against two placements of one view
+events/<time_ns>-<random>            Event
+"""
+
+from __future__ import annotations
+
+ALL = ""
+SANDBOXES, UIDS, NAMES, REQUESTS = "sandboxes/", "uids/", "names/", "requests/"
+IMAGES, IMAGE_USE, RESIDENCY = "images/", "image-use/", "residency/"
+HOSTS, ALIVE, PLACEMENTS, EVENTS = "hosts/", "alive/", "placements/", "events/"
+
+
+def sandboxes_of(tenant: str) -> str:
+    """The prefix of a tenant's sandboxes."""
+    return f"{SANDBOXES}{tenant}/"
+
+
+def sandboxes_named(tenant: str, name: str) -> str:
+    """The prefix of all sandboxes that have or had a name."""
+    return f"{SANDBOXES}{tenant}/{name},"
+
+
+def sandbox(tenant: str, name: str, uid: str) -> str:
+    """The key of one sandbox."""
+    return f"{SANDBOXES}{tenant}/{name},{uid}"
+
+
+def split_sandbox(key: str) -> tuple[str, str, str]:
+    """(tenant, name, uid) of a sandbox's key."""
+    tenant, _, rest = key.removeprefix(SANDBOXES).partition("/")
+    name, _, uid = rest.partition(",")
+    return tenant, name, uid
+
+
+def uid(of: str) -> str:
+    """The key that leads from a uid to its sandbox's key."""
+    return f"{UIDS}{of}"
+
+
+def name(tenant: str, of: str) -> str:
+    """The key that guards a name."""
+    return f"{NAMES}{tenant}/{of}"
+
+
+def request(tenant: str, request_id: str) -> str:
+    """The key of a used request_id."""
+    return f"{REQUESTS}{tenant}/{request_id}"
+
+
+def images_of(tenant: str) -> str:
+    """The prefix of a tenant's images."""
+    return f"{IMAGES}{tenant}/"
+
+
+def image(tenant: str, of: str) -> str:
+    """The key of one image by name."""
+    return f"{IMAGES}{tenant}/{of}"
+
+
+def image_use(tenant: str, digest: str) -> str:
+    """The key that guards an image against removal."""
+    return f"{IMAGE_USE}{tenant}/{digest}"
+
+
+def residency(tenant: str, digest: str, host: str) -> str:
+    """The key that says a host holds an image."""
+    return f"{RESIDENCY}{tenant}/{digest}/{host}"
+
+
+def host(of: str) -> str:
+    """The key of a host's report."""
+    return f"{HOSTS}{of}"
+
+
+def alive(host: str) -> str:
+    """The key that exists as long as a host's lease does."""
+    return f"{ALIVE}{host}"
+
+
+def placement(host: str) -> str:
+    """The key that every placement on a host writes."""
+    return f"{PLACEMENTS}{host}"
+
+
+def event(time_ns: int, salt: str) -> str:
+    """The key of an event: sorts by time."""
+    return f"{EVENTS}{time_ns:020d}-{salt}"

@@ -1,0 +1,32 @@
+"""The life of a sandbox as the control plane sees it: one table. Pure.
+
+Hosts report only the newest status, so steps between two reports may be left out; going back is a fault.
+"""
+
+from __future__ import annotations
+
+from controlplane.model import Phase
+
+ENDED = frozenset({Phase.EXITED, Phase.FAILED})
+"""The workload is over: the name is free again and nothing of it runs."""
+
+UNBEGUN = frozenset({Phase.PENDING, Phase.SCHEDULED})
+"""No host has done anything for it yet."""
+
+_AHEAD = {
+    Phase.PENDING: {Phase.SCHEDULED},
+    Phase.SCHEDULED: {Phase.PENDING, Phase.STARTING, Phase.RUNNING, Phase.STOPPING},
+    Phase.STARTING: {Phase.RUNNING, Phase.STOPPING},
+    Phase.RUNNING: {Phase.STOPPING},
+    Phase.STOPPING: set[Phase](),
+}
+TRANSITIONS: dict[Phase, frozenset[Phase]] = {
+    **{phase: frozenset(ahead | ENDED) for phase, ahead in _AHEAD.items()},
+    Phase.EXITED: frozenset(),
+    Phase.FAILED: frozenset(),
+}
+
+
+def allowed(now: Phase, to: Phase) -> bool:
+    """Whether a sandbox may be reported as `to` when it is known as `now`. Staying is always allowed."""
+    return to is now or to in TRANSITIONS[now]

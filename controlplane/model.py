@@ -1,0 +1,246 @@
+"""The control plane's values: what is asked, what is assigned, what hosts said. Frozen, and free of protobuf.
+
+Promise: a value that exists is well formed (controlplane/edge checks what comes from outside, controlplane/codec what
+comes from the store). `revision` is the store's mod_revision of the record a value was read from; it is not stored.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import Enum
+
+REVISION = {"stored": False}
+"""Marks a field that the store's codec leaves out."""
+
+
+class Phase(Enum):
+    """Where a sandbox stands, as the control plane sees it (the table is in lifecycle.py)."""
+
+    PENDING = "pending"  # recorded, no host yet
+    SCHEDULED = "scheduled"  # a host is chosen and has not begun
+    STARTING = "starting"
+    RUNNING = "running"
+    STOPPING = "stopping"
+    EXITED = "exited"
+    FAILED = "failed"
+
+
+class DesiredState(Enum):
+    """What the user wants of a sandbox."""
+
+    RUNNING = "running"
+    STOPPED = "stopped"
+    REMOVED = "removed"
+
+
+class SandboxClass(Enum):
+    """Whose kernel serves the sandbox."""
+
+    GUEST_KERNEL = "guest-kernel"
+    USER_KERNEL = "user-kernel"
+    HOST_KERNEL = "host-kernel"
+
+
+class ResizeState(Enum):
+    """How far the last resize got."""
+
+    DONE = "done"
+    IN_PROGRESS = "in-progress"
+    DEFERRED = "deferred"
+    INFEASIBLE = "infeasible"
+    ERROR = "error"
+
+
+@dataclass(frozen=True)
+class Resources:
+    """min <= memory <= max in MiB; CPU in thousandths of one."""
+
+    memory_min_mib: int
+    memory_max_mib: int
+    memory_mib: int
+    cpu_milli: int
+
+    @property
+    def vcpus(self) -> int:
+        """Whole CPUs that hold `cpu_milli`."""
+        return -(-self.cpu_milli // 1000)
+
+
+@dataclass(frozen=True)
+class Process:
+    """A program to run. Empty argv, workdir and user mean the image's own."""
+
+    argv: tuple[str, ...] = ()
+    env: tuple[tuple[str, str], ...] = ()
+    workdir: str = ""
+    user: str = ""
+    tty: bool = False
+    stdin: bool = False
+    tty_rows: int = 0
+    tty_cols: int = 0
+
+
+@dataclass(frozen=True)
+class SandboxSpec:
+    """What was asked for. `image_digest` is what `image` meant at that time."""
+
+    image: str
+    resources: Resources
+    process: Process = Process()
+    image_digest: str = ""
+    sandbox_class: SandboxClass = SandboxClass.GUEST_KERNEL
+    remove_on_exit: bool = False
+    labels: tuple[tuple[str, str], ...] = ()
+    hostname: str = ""
+    cold: bool = False
+
+
+@dataclass(frozen=True)
+class Resize:
+    """Desired, allocated, actual, and what stands between them."""
+
+    state: ResizeState
+    desired_memory_mib: int
+    allocated_memory_mib: int = 0
+    actual_memory_mib: int = 0
+    cpu_milli: int = 0
+    message: str = ""
+
+
+@dataclass(frozen=True)
+class SandboxStatus:
+    """What is: observed by the host, or by the control plane while there is none. Times are seconds since 1970."""
+
+    phase: Phase = Phase.PENDING
+    reason: str = ""
+    message: str = ""
+    exit_code: int | None = None
+    resize: Resize | None = None
+    started_at_s: float | None = None
+    finished_at_s: float | None = None
+    start_phases: tuple[tuple[str, float], ...] = ()
+    accel: str = ""
+    origin: str = ""
+    host_pid: int = 0
+    observed_epoch: int = 0
+    restarts_of_host: int = 0
+
+
+@dataclass(frozen=True)
+class LayerSize:
+    """A layer of an image and how large its blob is."""
+
+    digest: str
+    size_bytes: int
+
+
+@dataclass(frozen=True)
+class Sandbox:
+    """The record of one sandbox. `host` is empty while it has none; `vcpus` is the ceiling of its CPU."""
+
+    name: str
+    uid: str
+    tenant: str
+    spec: SandboxSpec
+    created_at_s: float
+    vcpus: int
+    layers: tuple[LayerSize, ...] = ()
+    desired: DesiredState = DesiredState.RUNNING
+    host: str = ""
+    epoch: int = 0
+    status: SandboxStatus = SandboxStatus()
+    stop_grace_s: int = 10
+    revision: int = field(default=0, metadata=REVISION)
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A published layer blob, see images.proto."""
+
+    digest: str
+    size_bytes: int
+    source_digest: str = ""
+    volume_uuid: str = ""
+
+
+@dataclass(frozen=True)
+class ImageConfig:
+    """What an image says about its process."""
+
+    entrypoint: tuple[str, ...] = ()
+    cmd: tuple[str, ...] = ()
+    env: tuple[tuple[str, str], ...] = ()
+    workdir: str = ""
+    user: str = ""
+
+
+@dataclass(frozen=True)
+class Image:
+    """A tenant's name bound to a digest."""
+
+    name: str
+    tenant: str
+    digest: str
+    layers: tuple[Layer, ...]
+    config: ImageConfig
+    size_bytes: int
+    created_at_s: float
+    format: str = ""
+    revision: int = field(default=0, metadata=REVISION)
+
+
+@dataclass(frozen=True)
+class Residency:
+    """A host holds an image in a tenant's sharing domain, since `recorded_at_s`."""
+
+    tenant: str
+    digest: str
+    host: str
+    recorded_at_s: float
+
+
+@dataclass(frozen=True)
+class Capacity:
+    """A host's sizes, as it reported them."""
+
+    memory_mib: int = 0
+    memory_available_mib: int = 0
+    memory_reserved_mib: int = 0
+    cpu_milli: int = 0
+    disk_free_mib: int = 0
+    system_reserve_mib: int = 0
+    vm_overhead_mib: int = 0
+
+
+@dataclass(frozen=True)
+class Host:
+    """A host's last report. Whether it is READY is its lease's matter, not this record's."""
+
+    name: str
+    capacity: Capacity
+    runtime_address: str
+    last_seen_s: float
+    classes: tuple[SandboxClass, ...] = ()
+    accel: str = ""
+    isolation_note: str = ""
+    kernel_version: str = ""
+    guest_kernel_version: str = ""
+    qemu_version: str = ""
+    cgroup_version: str = ""
+    image_digests: tuple[str, ...] = ()
+    sandboxes: int = 0
+    revision: int = field(default=0, metadata=REVISION)
+
+
+@dataclass(frozen=True)
+class Event:
+    """Something that happened. `tenant` is empty for what concerns the fabric as a whole: operators see it."""
+
+    time_s: float
+    kind: str
+    subject: str
+    reason: str
+    message: str
+    host: str = ""
+    tenant: str = ""
+    revision: int = field(default=0, metadata=REVISION)

@@ -1,0 +1,175 @@
+"""What the control plane does of itself: places what is PENDING, gives up what a lost host had, keeps house.
+
+Level-triggered: each round looks at the whole view and does what is missing; a round that fails is done again. One
+control plane does this at a time (leadership.py), and every step is a guarded commit, so that two would do no harm.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Awaitable, Callable
+
+from controlplane import codec, events, keys, lifecycle
+from controlplane.api.v1 import hosts_pb2
+from controlplane.errors import Conflict, ControlPlaneError
+from controlplane.images import Images
+from controlplane.model import DesiredState, Event, Phase, Residency, Sandbox
+from controlplane.relay import HostLinks, answer
+from controlplane.requests import UsedRequest
+from controlplane.sandboxes import Sandboxes
+from controlplane.store.contract import Delete, Store
+from controlplane.view import View
+
+log = logging.getLogger("sandloom.controlplane.reconciler")
+
+ROUND_S = 5.0
+"""The longest pause between two rounds when nothing happens."""
+
+GATHER_S = 0.02
+"""Changes come in bursts: one round for all of a burst."""
+
+HOUSE_S = 60.0
+REQUEST_KEPT_S = 24 * 3600.0
+FORGET_DEADLINE_S = 20.0
+
+
+class Reconciler:
+    """See the module. run() is its owner."""
+
+    def __init__(
+        self, store: Store, view: View, sandboxes: Sandboxes, images: Images, links: HostLinks,
+        event_log: events.EventLog, *, lost_grace_s: float, history_s: float, now_s: Callable[[], float] = time.time,
+        clock_s: Callable[[], float] = time.monotonic,
+    ) -> None:  # fmt: skip
+        self._store, self._view, self._sandboxes, self._images = store, view, sandboxes, images
+        self._links, self._events = links, event_log
+        self._lost_grace_s, self._history_s = lost_grace_s, history_s
+        self._now_s, self._clock_s = now_s, clock_s
+        self._lost_since_s: dict[str, float] = {}
+        self._marks: list[tuple[float, int]] = []
+
+    async def run(self) -> None:
+        """Until cancelled."""
+        async with asyncio.TaskGroup() as group:
+            group.create_task(self._rounds(self._lost_hosts, self._pending, self._orphans), name="reconciler")
+            group.create_task(self._rounds(self._forget_images), name="images")  # may wait for hosts
+            group.create_task(self._every(HOUSE_S, self._keep_house), name="housekeeper")
+
+    async def _rounds(self, *steps: Callable[[], Awaitable[None]]) -> None:
+        while True:
+            moved = self._view.moved
+            for step in steps:
+                await self._tried(step)
+            await asyncio.sleep(GATHER_S)
+            try:
+                async with asyncio.timeout(self._pause_s()):
+                    await moved.wait()
+            except TimeoutError:
+                pass
+
+    def _pause_s(self) -> float:
+        now_s = self._clock_s()
+        due = [since + self._lost_grace_s - now_s for since in self._lost_since_s.values()]
+        return max(0.01, min([ROUND_S, *(left for left in due if left > 0)]))
+
+    async def _every(self, period_s: float, work: Callable[[], Awaitable[None]]) -> None:
+        while True:
+            await self._tried(work)
+            await asyncio.sleep(period_s)
+
+    async def _tried(self, step: Callable[[], Awaitable[None]]) -> None:
+        try:
+            await step()
+        except Conflict:
+            pass  # somebody was quicker; the next round sees what is now
+        except (ControlPlaneError, TimeoutError) as error:
+            log.warning("%s: %s", step.__name__.strip("_"), error)
+
+    # Placing.
+
+    async def _pending(self) -> None:
+        waiting = [s for s in self._view.sandboxes.values() if s.status.phase is Phase.PENDING]
+        for sandbox in sorted(waiting, key=lambda s: (s.created_at_s, s.uid)):
+            if sandbox.desired is DesiredState.RUNNING and self._view.sandboxes.get(sandbox.uid) is sandbox:
+                await self._sandboxes.place_pending(sandbox)
+
+    # Lost hosts.
+
+    async def _lost_hosts(self) -> None:
+        view, now_s = self._view, self._clock_s()
+        for name in sorted(set(view.hosts) - view.alive - set(self._lost_since_s)):
+            self._lost_since_s[name] = now_s
+            text = f"its lease ran out; what it runs is given up in {self._lost_grace_s:g} s unless it returns"
+            log.warning("host %s is LOST: %s", name, text)
+            await self._events.record(Event(self._now_s(), "host", name, "HostLost", text, name))
+        for name in sorted(self._lost_since_s):
+            if name in view.alive or name not in view.hosts:
+                del self._lost_since_s[name]
+
+    async def _orphans(self) -> None:
+        """Sandboxes of hosts that are lost for longer than the grace, or that nobody will ever remove."""
+        due = {name for name, since in self._lost_since_s.items() if self._clock_s() - since >= self._lost_grace_s}
+        for sandbox in list(self._view.sandboxes.values()):
+            lost = sandbox.host in due
+            ended = sandbox.status.phase in lifecycle.ENDED
+            left_over = not sandbox.host and ended and sandbox.spec.remove_on_exit
+            removable = sandbox.desired is DesiredState.REMOVED and (not sandbox.host or (lost or self._away(sandbox)))
+            if (lost and not ended) or removable or left_over:
+                await self._give_up(sandbox)
+
+    def _away(self, sandbox: Sandbox) -> bool:
+        ended = sandbox.status.phase in lifecycle.ENDED
+        return ended and sandbox.host in self._lost_since_s
+
+    async def _give_up(self, sandbox: Sandbox) -> None:
+        stored = await self._sandboxes.find_uid(sandbox.uid)
+        if stored is None or stored.sandbox.revision != sandbox.revision:
+            return
+        if not sandbox.host:
+            await self._sandboxes.remove_record(stored, "Removed", "no host has it")
+            return
+        text = f"host {sandbox.host} is LOST: its lease ran out and it did not return in {self._lost_grace_s:g} s"
+        await self._sandboxes.give_up(stored, "HostLost", text)
+
+    # Images.
+
+    async def _forget_images(self) -> None:
+        for held in self._images.unneeded():
+            await self.forget(held)
+
+    async def forget(self, held: Residency) -> None:
+        """Tells a host that an image is not needed any more, and records that it was told."""
+        host = self._view.hosts[held.host]
+        stub = await self._links.stub(host)
+        request = hosts_pb2.ForgetImageRequest(digest=held.digest, tenant=held.tenant)
+        await answer(stub.ForgetImage, request, host.name, FORGET_DEADLINE_S)
+        await self._images.forgotten_by(held)
+
+    # Keeping house.
+
+    async def _keep_house(self) -> None:
+        await self._events.prune()
+        await self._drop_requests()
+        await self._compact()
+
+    async def _drop_requests(self) -> None:
+        page = await self._store.page(keys.REQUESTS)
+        oldest_s = self._now_s() - REQUEST_KEPT_S
+        old = [
+            record.key
+            for record in page.records
+            if codec.decode(UsedRequest, record.value, record.key).used_at_s < oldest_s
+        ]
+        if old:
+            await self._store.commit([Delete(key) for key in old])
+
+    async def _compact(self) -> None:
+        """Keeps `history_s` of history: compacts to the newest revision that was seen that long ago."""
+        now_s = self._clock_s()
+        self._marks.append((now_s, self._view.revision))
+        old = [mark for mark in self._marks if mark[0] <= now_s - self._history_s]
+        if old:
+            await self._store.compact(old[-1][1])
+            self._marks = [mark for mark in self._marks if mark[0] > old[-1][0]]

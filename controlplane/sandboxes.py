@@ -1,0 +1,398 @@
+"""What can be done with sandboxes: find, create, resize, stop, delete, and take a host's report.
+
+Every change is one compare-and-swap commit: the record as it was read, the guards of what was decided on (keys.py) and
+the event that tells of it. A lost race is decided again on what is now; after ATTEMPTS of them Conflict goes out.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import logging
+import secrets
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+
+from controlplane import codec, events, keys, lifecycle, names, scheduler, transitions
+from controlplane.edge.sandboxes import etag
+from controlplane.errors import AlreadyExists, Conflict, Exhausted, Invalid, NotFound, Precondition
+from controlplane.images import Images
+from controlplane.model import DesiredState, Event, LayerSize, Phase, Sandbox, SandboxStatus
+from controlplane.quotas import Quota, require_within
+from controlplane.requests import Creation, Report, ResizeWish, UsedRequest
+from controlplane.store.contract import Delete, Expect, Put, Record, Store, Write
+from controlplane.view import View
+
+log = logging.getLogger("sandloom.controlplane.sandboxes")
+
+ATTEMPTS = 16
+VIEW_LAG_S = 5.0
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A record of the store with its sandbox."""
+
+    record: Record
+    sandbox: Sandbox
+
+    @property
+    def expect(self) -> Expect:
+        """That it has not changed."""
+        return Expect(self.record.key, self.record.mod_revision)
+
+
+class Sandboxes:
+    """See the module."""
+
+    def __init__(
+        self, store: Store, view: View, images: Images, *, quotas: Mapping[str, Quota] | None = None,
+        now_s: Callable[[], float] = time.time,
+    ) -> None:  # fmt: skip
+        self._store, self._view, self._images, self._now_s = store, view, images, now_s
+        self._quotas = quotas or {}
+        self._placing = asyncio.Lock()
+
+    # Finding.
+
+    async def get(self, tenant: str, name_or_uid: str) -> Sandbox:
+        """By name (the live one, else the newest) or uid. NotFound."""
+        return (await self.find(tenant, name_or_uid)).sandbox
+
+    async def find(self, tenant: str, name_or_uid: str) -> Stored:
+        """The same, with its record."""
+        page = await self._store.page(keys.sandboxes_named(tenant, name_or_uid))
+        found = [_stored(record) for record in page.records]
+        if not found:
+            stored = await self.find_uid(name_or_uid)
+            if stored is None or stored.sandbox.tenant != tenant:
+                raise NotFound("SandboxNotFound", f"there is no sandbox {name_or_uid}", sandbox=name_or_uid)
+            return stored
+        return max(found, key=lambda s: (s.sandbox.status.phase not in lifecycle.ENDED, s.record.create_revision))
+
+    async def find_uid(self, uid: str) -> Stored | None:
+        """By uid, of any tenant."""
+        pointer = await self._store.get(keys.uid(uid))
+        record = await self._store.get(pointer.value.decode()) if pointer else None
+        return _stored(record) if record else None
+
+    # Creating.
+
+    async def create(self, tenant: str, asked: Creation) -> Sandbox:
+        """Records a sandbox and places it. See CreateSandbox."""
+        async with self._placing:
+            for attempt in range(ATTEMPTS):
+                earlier = await self._created_before(tenant, asked)
+                if earlier is not None:
+                    return earlier
+                try:
+                    return await self._create_once(tenant, asked, attempt)
+                except Conflict:
+                    await self._catch_up()
+        raise Conflict("Busy", "too many changes at once: retry")
+
+    async def _created_before(self, tenant: str, asked: Creation) -> Sandbox | None:
+        if not asked.request_id:
+            return None
+        record = await self._store.get(keys.request(tenant, asked.request_id))
+        if record is None:
+            return None
+        used = codec.decode(UsedRequest, record.value, record.key)
+        if used.asked != _digest_of(asked):
+            text = f"{asked.request_id!r} was used for another sandbox: a new call needs a new request_id"
+            raise Invalid("request_id", text, reason="RequestIdReused")
+        found = await self._store.get(used.sandbox_key)
+        if found is None:
+            text = f"the sandbox that request {asked.request_id!r} made has been removed since"
+            raise NotFound("SandboxRemoved", text, sandbox=keys.split_sandbox(used.sandbox_key)[1])
+        return _stored(found).sandbox
+
+    async def _create_once(self, tenant: str, asked: Creation, attempt: int) -> Sandbox:
+        image = await self._images.get(tenant, asked.spec.image)
+        name = asked.name or names.made_up(secrets.randbelow, attempt)
+        guard = await self._free_name(tenant, name)
+        spec = replace(asked.spec, image_digest=image.digest)
+        if not (spec.process.argv or image.config.entrypoint or image.config.cmd):
+            text = f"image {image.name} has no command of its own: name one"
+            raise Invalid("spec.process.argv", text, reason="NoCommand")
+        sandbox = Sandbox(
+            name=name,
+            uid=secrets.token_hex(8),
+            tenant=tenant,
+            spec=spec,
+            created_at_s=self._now_s(),
+            vcpus=spec.resources.vcpus,
+            layers=tuple(LayerSize(layer.digest, layer.size_bytes) for layer in image.layers),
+        )
+        self._require_quota(sandbox)
+        placed, guards = self._place(sandbox)
+        if asked.validate_only:
+            return replace(placed, uid="")
+        key = keys.sandbox(tenant, name, sandbox.uid)
+        writes: list[Write] = [
+            Put(key, codec.encode(placed)),
+            Put(keys.uid(sandbox.uid), key.encode()),
+            Put(keys.name(tenant, name), sandbox.uid.encode()),
+            Put(keys.image_use(tenant, image.digest), sandbox.uid.encode()),
+            self._event(placed, *_told_placed(placed)),
+        ]
+        expect = [Expect(keys.name(tenant, name), guard), Expect(keys.image(tenant, image.name), image.revision)]
+        if asked.request_id:
+            used = UsedRequest(key, _digest_of(asked), self._now_s())
+            writes.append(Put(keys.request(tenant, asked.request_id), codec.encode(used)))
+            expect.append(Expect(keys.request(tenant, asked.request_id), 0))
+        revision = await self._commit_placed(placed, writes, [*expect, *guards])
+        return replace(placed, revision=revision)
+
+    def _require_quota(self, sandbox: Sandbox) -> None:
+        quota = self._quotas.get(sandbox.tenant)
+        if quota is not None:
+            mine = (s for s in self._view.sandboxes.values() if s.tenant == sandbox.tenant)
+            require_within(quota, mine, sandbox)
+
+    async def _free_name(self, tenant: str, name: str) -> int:
+        """The name guard's revision. AlreadyExists while a live sandbox has the name."""
+        guard = await self._store.get(keys.name(tenant, name))
+        if guard is None:
+            return 0
+        record = await self._store.get(keys.sandbox(tenant, name, guard.value.decode()))
+        if record is not None and _stored(record).sandbox.status.phase not in lifecycle.ENDED:
+            there = _stored(record).sandbox
+            removed = there.desired is DesiredState.REMOVED
+            remedy = "it is being removed, retry soon" if removed else "choose another name or remove it first"
+            text = f"sandbox {name} exists already ({there.status.phase.name}): {remedy}"
+            raise AlreadyExists("SandboxExists", text, sandbox=name, uid=there.uid)
+        return guard.mod_revision
+
+    # Placing.
+
+    def _place(self, sandbox: Sandbox) -> tuple[Sandbox, list[Expect]]:
+        """The sandbox as the present view places it, with the guards of that; PENDING when it may wait. Exhausted."""
+        view = self._view
+        hosts = scheduler.survey(view.hosts.values(), view.alive, view.sandboxes.values(), view.residency.values())
+        demand = scheduler.Demand.of(sandbox)
+        decision = scheduler.place(demand, hosts)
+        if decision.placement is not None:
+            host = decision.placement.host
+            guard = Expect(keys.placement(host), view.placements.get(host, 0))
+            return transitions.scheduled(sandbox, host, max(view.revision, sandbox.epoch + 1)), [guard]
+        if decision.may_wait:
+            why = scheduler.summary(decision.refusals) or "no host has registered yet"
+            return replace(sandbox, status=SandboxStatus(reason="NoHost", message=f"waiting for a host: {why}")), []
+        room = max((host.room_mib for host in hosts if host.ready), default=0)
+        raise Exhausted(
+            "NoHostHasRoom",
+            f"no host can take sandbox {sandbox.name}: {scheduler.summary(decision.refusals)}",
+            needed_mib=sandbox.spec.resources.memory_min_mib,
+            most_room_mib=max(0, room),
+            **{f"hosts_{reason}": count for reason, count in scheduler.by_reason(decision.refusals).items()},
+        )
+
+    async def _commit_placed(self, placed: Sandbox, writes: list[Write], expect: list[Expect]) -> int:
+        if placed.host:
+            writes.append(Put(keys.placement(placed.host), placed.uid.encode()))
+        revision = await self._store.commit(writes, expect)
+        async with asyncio.timeout(VIEW_LAG_S):
+            await self._view.reached(revision)  # so that the next decision counts this one
+        return revision
+
+    async def _catch_up(self) -> None:
+        revision = (await self._store.page(keys.PLACEMENTS, limit=1)).revision
+        async with asyncio.timeout(VIEW_LAG_S):
+            await self._view.reached(revision)
+
+    async def place_pending(self, sandbox: Sandbox) -> bool:
+        """Places a PENDING sandbox if the present view has room for it; whether it did."""
+        async with self._placing:
+            try:
+                placed, guards = self._place(sandbox)
+            except Exhausted as error:
+                placed, guards = replace(sandbox, status=SandboxStatus(reason=error.reason, message=str(error))), []
+            if not placed.host and placed.status.reason == sandbox.status.reason:
+                return False
+            key = keys.sandbox(sandbox.tenant, sandbox.name, sandbox.uid)
+            writes: list[Write] = [Put(key, codec.encode(placed))]
+            if placed.host:
+                writes.append(self._event(placed, *_told_placed(placed)))
+            await self._commit_placed(placed, writes, [Expect(key, sandbox.revision), *guards])
+            return bool(placed.host)
+
+    # Changing.
+
+    async def resize(self, tenant: str, name: str, wish: ResizeWish) -> Sandbox:
+        """New target sizes. See ResizeSandbox."""
+
+        def change(sandbox: Sandbox) -> Sandbox:
+            if wish.etag and wish.etag != etag(sandbox):
+                text = f"sandbox {name} has changed since etag {wish.etag}: read it again"
+                raise Conflict("EtagMismatch", text, etag=etag(sandbox))
+            after = transitions.resized(sandbox, wish)
+            self._require_quota(after)
+            self._require_room(sandbox, after)
+            return after
+
+        return await self._change(tenant, name, change, "ResizeAsked", _told_sizes)
+
+    def _require_room(self, before: Sandbox, after: Sandbox) -> None:
+        """Exhausted when the host cannot guarantee the larger minimum."""
+        more_mib = after.spec.resources.memory_min_mib - before.spec.resources.memory_min_mib
+        view = self._view
+        host = view.hosts.get(before.host)
+        if more_mib <= 0 or host is None:
+            return
+        (state,) = scheduler.survey([host], view.alive, view.on_host(before.host), ())
+        if more_mib > state.unpromised_mib:
+            raise Exhausted(
+                "NoHostHasRoom",
+                f"host {before.host} cannot guarantee {more_mib} MiB more to sandbox {before.name}:"
+                f" {max(0, state.unpromised_mib)} MiB are not promised",
+                needed_mib=more_mib,
+                room_mib=max(0, state.unpromised_mib),
+            )
+
+    async def stop(self, tenant: str, name: str, grace_s: int) -> Sandbox:
+        """Asks it to end. See StopSandbox."""
+        stored = await self.find(tenant, name)
+        sandbox = stored.sandbox
+        if sandbox.spec.remove_on_exit and not sandbox.host and sandbox.status.phase not in lifecycle.ENDED:
+            await self.remove_record(stored, "Removed", "stopped before it ran")
+            return transitions.stopped(sandbox, grace_s, self._now_s())
+        return await self._change(
+            tenant, name, lambda now: transitions.stopped(now, grace_s, self._now_s()), "StopAsked", _told_grace
+        )
+
+    async def _change(
+        self, tenant: str, name: str, change: Callable[[Sandbox], Sandbox], reason: str, told: Callable[[Sandbox], str]
+    ) -> Sandbox:
+        for _ in range(ATTEMPTS):
+            stored = await self.find(tenant, name)
+            after = change(stored.sandbox)
+            if after == stored.sandbox:
+                return after
+            try:
+                writes = [Put(stored.record.key, codec.encode(after)), self._event(after, reason, told(after))]
+                revision = await self._store.commit(writes, [stored.expect])
+            except Conflict:
+                continue
+            return replace(after, revision=revision)
+        raise Conflict("Busy", f"sandbox {name} changes too fast: retry")
+
+    async def delete(self, tenant: str, name: str, *, force: bool, allow_missing: bool) -> None:
+        """Removes it. See DeleteSandbox."""
+        for _ in range(ATTEMPTS):
+            try:
+                stored = await self.find(tenant, name)
+            except NotFound:
+                if allow_missing:
+                    return
+                raise
+            if await self._delete_once(stored, force=force):
+                return
+        raise Conflict("Busy", f"sandbox {name} changes too fast: retry")
+
+    async def _delete_once(self, stored: Stored, *, force: bool) -> bool:
+        sandbox = stored.sandbox
+        ended = sandbox.status.phase in lifecycle.ENDED
+        if not ended and not force:
+            text = f"sandbox {sandbox.name} is {sandbox.status.phase.name}: stop it first, or remove it with force (-f)"
+            raise Precondition("SandboxLive", text, sandbox=sandbox.name, phase=sandbox.status.phase.value)
+        try:
+            if not sandbox.host or (ended and sandbox.host not in self._view.alive):
+                gone = f"; its host {sandbox.host} is LOST and lets go of it when it returns" if sandbox.host else ""
+                await self.remove_record(stored, "Removed", f"removed{gone}")
+            elif sandbox.desired is not DesiredState.REMOVED:
+                after = replace(sandbox, desired=DesiredState.REMOVED)
+                writes = [Put(stored.record.key, codec.encode(after)), self._event(after, "RemoveAsked", "")]
+                await self._store.commit(writes, [stored.expect])
+        except Conflict:
+            return False
+        return True
+
+    async def remove_record(self, stored: Stored, reason: str, message: str) -> None:
+        """Deletes record, index and name; Conflict when it changed meanwhile."""
+        sandbox = stored.sandbox
+        writes: list[Write] = [Delete(stored.record.key), Delete(keys.uid(sandbox.uid))]
+        expect = [stored.expect]
+        name = await self._store.get(keys.name(sandbox.tenant, sandbox.name))
+        if name is not None and name.value.decode() == sandbox.uid:
+            writes.append(Delete(name.key))
+            expect.append(Expect(name.key, name.mod_revision))
+        await self._store.commit([*writes, self._event(sandbox, reason, message)], expect)
+
+    # What hosts say, and what becomes of sandboxes whose host is gone.
+
+    async def report(self, report: Report) -> None:
+        """Takes what a host observed. See ReportSandbox."""
+        for _ in range(ATTEMPTS):
+            stored = await self.find_uid(report.uid)
+            if stored is None:
+                raise NotFound("SandboxNotFound", f"there is no sandbox {report.uid}: let go of it", uid=report.uid)
+            transitions.require_current(stored.sandbox, report)
+            try:
+                await self._report_once(stored, report)
+            except Conflict:
+                continue
+            return
+        raise Conflict("Busy", f"sandbox {report.uid} changes too fast: retry")
+
+    async def _report_once(self, stored: Stored, report: Report) -> None:
+        sandbox = stored.sandbox
+        if report.removed:
+            if sandbox.desired is DesiredState.REMOVED or sandbox.spec.remove_on_exit:
+                await self.remove_record(stored, "Removed", f"host {report.host} has let go of it")
+            else:
+                await self.give_up(stored, "HostLetGo", f"host {report.host} does not have it any more")
+            return
+        if transitions.goes_back(sandbox, report):
+            was, said = sandbox.status.phase.name, report.status.phase.name
+            text = f"host {report.host} says {said} of what was {was}: it lost its own record of it"
+            await self.give_up(stored, "HostForgot", text)
+            raise Precondition("BadTransition", f"sandbox {sandbox.name}: {text}; let go of it")
+        after = transitions.observed(sandbox, report)
+        if after != sandbox:
+            await self._store.commit([Put(stored.record.key, codec.encode(after))], [stored.expect])
+
+    async def give_up(self, stored: Stored, reason: str, message: str) -> None:
+        """FAILED, on no host, fenced against its old one; an ended one stays as it ended, a --rm one is removed."""
+        sandbox = stored.sandbox
+        epoch = max(self._view.revision, sandbox.epoch + 1)
+        if sandbox.status.phase in lifecycle.ENDED:
+            after = replace(sandbox, host="", epoch=epoch)
+        else:
+            after = transitions.failed(sandbox, reason, message, epoch, self._now_s())
+        if sandbox.spec.remove_on_exit or sandbox.desired is DesiredState.REMOVED:
+            await self.remove_record(stored, reason, message)
+            return
+        await self._store.commit(
+            [Put(stored.record.key, codec.encode(after)), self._event(sandbox, reason, message)], [stored.expect]
+        )
+
+    def _event(self, sandbox: Sandbox, reason: str, message: str) -> Put:
+        return events.entry(
+            Event(self._now_s(), "sandbox", sandbox.name, reason, message, sandbox.host, sandbox.tenant)
+        )
+
+
+def _stored(record: Record) -> Stored:
+    return Stored(record, codec.decode(Sandbox, record.value, record.key, revision=record.mod_revision))
+
+
+def _digest_of(asked: Creation) -> str:
+    return hashlib.sha256(codec.encode(replace(asked, validate_only=False, request_id=""))).hexdigest()
+
+
+def _told_placed(sandbox: Sandbox) -> tuple[str, str]:
+    if sandbox.status.phase is Phase.SCHEDULED:
+        return "Scheduled", f"host {sandbox.host}, epoch {sandbox.epoch}"
+    return "Pending", sandbox.status.message
+
+
+def _told_sizes(sandbox: Sandbox) -> str:
+    sizes = sandbox.spec.resources
+    memory = f"memory {sizes.memory_mib} MiB of {sizes.memory_min_mib}:{sizes.memory_max_mib}"
+    return f"{memory}, cpu {sizes.cpu_milli / 1000:g}"
+
+
+def _told_grace(sandbox: Sandbox) -> str:
+    return f"with a grace of {sandbox.stop_grace_s} s"

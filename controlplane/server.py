@@ -1,0 +1,179 @@
+"""The control plane's server: wiring, start and stop.
+
+    sandloom-controlplane --config FILE     serves; prints {"ready": true, "address": "HOST:PORT"} when it does
+
+Every peer shows a certificate of the fabric's CA. SIGTERM or SIGINT ends open calls with UNAVAILABLE (ServerStopping)
+and closes the store. Hosts and their sandboxes run on meanwhile.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import logging
+import signal
+import sys
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import grpc
+import grpc.aio
+from grpc_health.v1 import _async as aio_health
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from controlplane.api.channel import server_credentials, server_options
+from controlplane.api.v1 import (
+    hosts_pb2,
+    hosts_pb2_grpc,
+    images_pb2,
+    images_pb2_grpc,
+    sandboxes_pb2,
+    sandboxes_pb2_grpc,
+)
+from controlplane.config import Config, load
+from controlplane.errors import ConfigError, ControlPlaneError
+from controlplane.events import EventLog
+from controlplane.gate import Gate
+from controlplane.images import Images
+from controlplane.leadership import Leadership, OnlyOne
+from controlplane.reconciler import Reconciler
+from controlplane.registry import Registry
+from controlplane.relay import HostLinks
+from controlplane.sandboxes import Sandboxes
+from controlplane.service_hosts import HostsService, HostSyncService
+from controlplane.service_images import ImagesService
+from controlplane.service_sandboxes import SandboxesService
+from controlplane.service_streams import Streams
+from controlplane.store.contract import Store
+from controlplane.store.sqlite import open_sqlite
+from controlplane.streams import Locator
+from controlplane.view import View
+
+log = logging.getLogger("sandloom.controlplane")
+
+STOP_GRACE_S = 2.0
+SERVICES = (
+    sandboxes_pb2.DESCRIPTOR.services_by_name["Sandboxes"].full_name,
+    images_pb2.DESCRIPTOR.services_by_name["Images"].full_name,
+    hosts_pb2.DESCRIPTOR.services_by_name["Hosts"].full_name,
+    hosts_pb2.DESCRIPTOR.services_by_name["HostSync"].full_name,
+)
+
+
+class ControlPlane:
+    """All the parts of one control plane, wired together over an open store."""
+
+    def __init__(self, config: Config, store: Store, links: HostLinks) -> None:
+        self.config, self.store, self.links = config, store, links
+        self.view = View(store)
+        self.gate = Gate()
+        self.event_log = EventLog(store, kept=config.kept_events)
+        self.images = Images(store, self.view)
+        self.sandboxes = Sandboxes(store, self.view, self.images, quotas=dict(config.quotas))
+        self.registry = Registry(store, self.view, self.images, config.lease_s)
+        self.reconciler = Reconciler(
+            store, self.view, self.sandboxes, self.images, links, self.event_log,
+            lost_grace_s=config.lost_grace_s, history_s=config.history_s,
+        )  # fmt: skip
+        self.locator = Locator(self.sandboxes, self.view)
+        self.health = aio_health.HealthServicer()
+
+    def add_to(self, server: grpc.aio.Server) -> None:
+        """Registers every service."""
+        streams = Streams(self.locator, self.links, self.view)
+        sandboxes_pb2_grpc.add_SandboxesServicer_to_server(
+            SandboxesService(self.gate, self.store, self.sandboxes, self.event_log, streams), server
+        )
+        images_pb2_grpc.add_ImagesServicer_to_server(
+            ImagesService(self.gate, self.store, self.view, self.images, self.links), server
+        )
+        hosts_pb2_grpc.add_HostsServicer_to_server(HostsService(self.gate, self.store, self.registry), server)
+        hosts_pb2_grpc.add_HostSyncServicer_to_server(
+            HostSyncService(self.gate, self.view, self.registry, self.sandboxes, self.event_log), server
+        )
+        health_pb2_grpc.add_HealthServicer_to_server(self.health, server)
+        reflection.enable_server_reflection((*SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
+
+    async def set_serving(self, serving: bool) -> None:
+        """What the health service answers for every service and for the server as a whole."""
+        state = health_pb2.HealthCheckResponse.SERVING if serving else health_pb2.HealthCheckResponse.NOT_SERVING
+        for service in ("", *SERVICES):
+            await self.health.set(service, state)
+
+
+@asynccontextmanager
+async def running(config: Config, leadership: Leadership | None = None) -> AsyncIterator[tuple[ControlPlane, str]]:
+    """A control plane that serves while the block runs, with its address. Ends everything it started."""
+    async with open_sqlite(config.sqlite_path) as store, HostLinks(config.tls) as links:
+        plane = ControlPlane(config, store, links)
+        server = grpc.aio.server(options=server_options())
+        plane.add_to(server)
+        port = _bind(server, config)
+        lead = (leadership or OnlyOne()).lead
+        tasks = [
+            asyncio.create_task(plane.view.run(), name="view"),
+            asyncio.create_task(lead(plane.reconciler.run), name="reconciler"),
+        ]
+        try:
+            await plane.view.reached(1)
+            await server.start()
+            await plane.set_serving(True)
+            yield plane, f"{config.listen.rpartition(':')[0]}:{port}"
+        finally:
+            await plane.set_serving(False)
+            stopping = asyncio.ensure_future(server.stop(STOP_GRACE_S))
+            await asyncio.sleep(0)  # no new calls from here on
+            plane.gate.close()
+            await stopping
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def _bind(server: grpc.aio.Server, config: Config) -> int:
+    try:
+        port = server.add_secure_port(config.listen, server_credentials(config.tls))
+    except RuntimeError as error:
+        raise ConfigError(f"cannot listen on {config.listen}: {error}") from error
+    if port == 0:
+        raise ConfigError(f"cannot listen on {config.listen}: is it taken?")
+    return port
+
+
+async def serve(config: Config) -> None:
+    """Runs a control plane until SIGTERM or SIGINT."""
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for signo in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(signo, stop.set)
+    async with running(config) as (_, address):
+        print(json.dumps({"ready": True, "address": address}), flush=True)
+        log.info("serving at %s", address)
+        await stop.wait()
+        log.info("stopping")
+
+
+def main(arguments: list[str]) -> int:
+    """The command. 0 after a clean stop, 1 when it could not start or failed, 2 for bad arguments."""
+    parser = argparse.ArgumentParser(prog="sandloom-controlplane", description="the control plane of sandloom")
+    parser.add_argument("--config", type=Path, required=True, metavar="FILE", help="TOML; see controlplane/config.py")
+    options = parser.parse_args(arguments)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    try:
+        asyncio.run(serve(load(options.config)))
+    except (ControlPlaneError, OSError) as error:
+        print(f"sandloom-controlplane: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def entry() -> None:
+    """Console script."""
+    sys.exit(main(sys.argv[1:]))
+
+
+if __name__ == "__main__":
+    entry()

@@ -1,0 +1,106 @@
+"""Hosts for operators, and HostSync for hosts: parse, call, render. See hosts.proto for every method's contract."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import aclosing
+
+from controlplane import keys, watching
+from controlplane.api.v1 import hosts_pb2, hosts_pb2_grpc, sandboxes_pb2
+from controlplane.edge import hosts as edge
+from controlplane.edge import sandboxes as sandbox_edge
+from controlplane.errors import Denied
+from controlplane.events import EventLog
+from controlplane.gate import HOSTS, OPERATORS, Caller, Context, Gate
+from controlplane.listing import list_page
+from controlplane.model import Host
+from controlplane.registry import Registry
+from controlplane.sandboxes import Sandboxes
+from controlplane.store.contract import Store
+from controlplane.view import View
+
+
+class HostsService(hosts_pb2_grpc.HostsServicer):
+    """What operators see of hosts."""
+
+    def __init__(self, gate: Gate, store: Store, registry: Registry) -> None:
+        self._gate, self._store, self._registry = gate, store, registry
+
+    async def GetHost(self, request: hosts_pb2.GetHostRequest, context: Context) -> hosts_pb2.Host:
+        """See hosts.proto."""
+        async with self._gate.admit(context, OPERATORS):
+            host = await self._registry.get(sandbox_edge.parse_name(request.name))
+            return edge.render_host(host, ready=self._registry.is_ready(host.name))
+
+    async def ListHosts(self, request: hosts_pb2.ListHostsRequest, context: Context) -> hosts_pb2.ListHostsResponse:
+        """See hosts.proto."""
+        async with self._gate.admit(context, OPERATORS):
+            listed = await list_page(
+                self._store, Host, keys.HOSTS, page_size=request.page_size, page_token=request.page_token, of="hosts"
+            )
+            return hosts_pb2.ListHostsResponse(
+                hosts=[edge.render_host(host, ready=self._registry.is_ready(host.name)) for host in listed.values],
+                next_page_token=listed.next_token,
+                resource_version=listed.revision,
+            )
+
+
+class HostSyncService(hosts_pb2_grpc.HostSyncServicer):
+    """What hosts pull and report. A host speaks for itself only."""
+
+    def __init__(
+        self, gate: Gate, view: View, registry: Registry, sandboxes: Sandboxes, event_log: EventLog,
+        *, now_s: Callable[[], float] = time.time,
+    ) -> None:  # fmt: skip
+        self._gate, self._view, self._registry = gate, view, registry
+        self._sandboxes, self._events, self._now_s = sandboxes, event_log, now_s
+
+    async def ReportHost(self, request: hosts_pb2.ReportHostRequest, context: Context) -> hosts_pb2.ReportHostResponse:
+        """See hosts.proto."""
+        async with self._gate.admit(context, HOSTS) as caller:
+            _require_itself(caller, request.host.name)
+            lease_s = await self._registry.report(edge.parse_host(request.host, self._now_s()))
+            return hosts_pb2.ReportHostResponse(lease_s=lease_s)
+
+    async def WatchAssignments(
+        self, request: hosts_pb2.WatchAssignmentsRequest, context: Context
+    ) -> AsyncIterator[sandboxes_pb2.SandboxEvent]:
+        """See hosts.proto."""
+        async with self._gate.admit(context, HOSTS, stream=True) as caller:
+            _require_itself(caller, request.host)
+            async with aclosing(watching.watch_assignments(self._view, request.host)) as news:
+                async for told in news:
+                    yield sandbox_edge.render_told_host(told)
+
+    async def ReportSandbox(
+        self, request: hosts_pb2.ReportSandboxRequest, context: Context
+    ) -> hosts_pb2.ReportSandboxResponse:
+        """See hosts.proto."""
+        async with self._gate.admit(context, HOSTS) as caller:
+            _require_itself(caller, request.host)
+            await self._sandboxes.report(sandbox_edge.parse_report(request))
+            return hosts_pb2.ReportSandboxResponse()
+
+    async def RecordEvent(
+        self, request: hosts_pb2.RecordEventRequest, context: Context
+    ) -> hosts_pb2.RecordEventResponse:
+        """See hosts.proto."""
+        async with self._gate.admit(context, HOSTS) as caller:
+            host = caller.identity.name
+            _require_itself(caller, request.event.host or host)
+            tenant = self._tenant_of(host, request.event)
+            await self._events.record(sandbox_edge.parse_event(request.event, host=host, tenant=tenant))
+            return hosts_pb2.RecordEventResponse()
+
+    def _tenant_of(self, host: str, event: sandboxes_pb2.Event) -> str:
+        """Whose sandbox a host's event tells of; nobody's (operators see it) when that is not certain."""
+        if event.kind != "sandbox":
+            return ""
+        tenants = {s.tenant for s in self._view.on_host(host) if s.name == event.subject}
+        return tenants.pop() if len(tenants) == 1 else ""
+
+
+def _require_itself(caller: Caller, host: str) -> None:
+    if caller.identity.name != host:
+        raise Denied("WrongHost", f"{caller.identity} may not speak for host {host!r}")

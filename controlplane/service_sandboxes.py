@@ -1,0 +1,116 @@
+"""Sandboxes: parse, call, render. See sandboxes.proto for every method's contract."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import aclosing
+
+from controlplane import keys, lifecycle, watching
+from controlplane.api.v1 import sandboxes_pb2, sandboxes_pb2_grpc
+from controlplane.edge import sandboxes as edge
+from controlplane.errors import Invalid
+from controlplane.events import EventLog
+from controlplane.gate import USERS, Caller, Context, Gate
+from controlplane.listing import list_page
+from controlplane.model import Event, Sandbox
+from controlplane.sandboxes import Sandboxes
+from controlplane.service_streams import StreamMethods, Streams
+from controlplane.store.contract import Store
+
+
+class SandboxesService(StreamMethods, sandboxes_pb2_grpc.SandboxesServicer):
+    """The unary methods and the watches; the streams into hosts are StreamMethods."""
+
+    def __init__(self, gate: Gate, store: Store, sandboxes: Sandboxes, event_log: EventLog, streams: Streams) -> None:
+        super().__init__(gate, streams)
+        self._store, self._sandboxes, self._events = store, sandboxes, event_log
+
+    async def CreateSandbox(
+        self, request: sandboxes_pb2.CreateSandboxRequest, context: Context
+    ) -> sandboxes_pb2.Sandbox:
+        """See sandboxes.proto."""
+        async with self._gate.admit(context, USERS) as caller:
+            return edge.render_sandbox(await self._sandboxes.create(caller.tenant, edge.parse_creation(request)))
+
+    async def GetSandbox(self, request: sandboxes_pb2.GetSandboxRequest, context: Context) -> sandboxes_pb2.Sandbox:
+        """See sandboxes.proto."""
+        async with self._gate.admit(context, USERS) as caller:
+            return edge.render_sandbox(await self._sandboxes.get(caller.tenant, edge.parse_name(request.name)))
+
+    async def ListSandboxes(
+        self, request: sandboxes_pb2.ListSandboxesRequest, context: Context
+    ) -> sandboxes_pb2.ListSandboxesResponse:
+        """See sandboxes.proto."""
+        async with self._gate.admit(context, USERS) as caller:
+            listed = await list_page(
+                self._store,
+                Sandbox,
+                keys.sandboxes_of(caller.tenant),
+                page_size=request.page_size,
+                page_token=request.page_token,
+                of=f"sandboxes/{caller.tenant}/{'all' if request.ended else 'live'}",
+                keep=lambda s: request.ended or s.status.phase not in lifecycle.ENDED,
+            )
+            return sandboxes_pb2.ListSandboxesResponse(
+                sandboxes=[edge.render_sandbox(sandbox) for sandbox in listed.values],
+                next_page_token=listed.next_token,
+                resource_version=listed.revision,
+            )
+
+    async def WatchSandboxes(
+        self, request: sandboxes_pb2.WatchSandboxesRequest, context: Context
+    ) -> AsyncIterator[sandboxes_pb2.SandboxEvent]:
+        """See sandboxes.proto."""
+        async with self._gate.admit(context, USERS, stream=True) as caller:
+            if request.resource_version < 0:
+                raise Invalid("resource_version", f"{request.resource_version} is negative")
+            async with aclosing(watching.watch_sandboxes(self._store, caller.tenant, request.resource_version)) as news:
+                async for told in news:
+                    yield edge.render_told(told)
+
+    async def ResizeSandbox(
+        self, request: sandboxes_pb2.ResizeSandboxRequest, context: Context
+    ) -> sandboxes_pb2.Sandbox:
+        """See sandboxes.proto."""
+        async with self._gate.admit(context, USERS) as caller:
+            name, wish = edge.parse_name(request.name), edge.parse_resize(request)
+            return edge.render_sandbox(await self._sandboxes.resize(caller.tenant, name, wish))
+
+    async def StopSandbox(self, request: sandboxes_pb2.StopSandboxRequest, context: Context) -> sandboxes_pb2.Sandbox:
+        """See sandboxes.proto."""
+        async with self._gate.admit(context, USERS) as caller:
+            name, grace_s = edge.parse_name(request.name), edge.parse_grace_s(request)
+            return edge.render_sandbox(await self._sandboxes.stop(caller.tenant, name, grace_s))
+
+    async def DeleteSandbox(
+        self, request: sandboxes_pb2.DeleteSandboxRequest, context: Context
+    ) -> sandboxes_pb2.DeleteSandboxResponse:
+        """See sandboxes.proto."""
+        async with self._gate.admit(context, USERS) as caller:
+            await self._sandboxes.delete(
+                caller.tenant, edge.parse_name(request.name), force=request.force, allow_missing=request.allow_missing
+            )
+            return sandboxes_pb2.DeleteSandboxResponse()
+
+    async def WatchEvents(
+        self, request: sandboxes_pb2.WatchEventsRequest, context: Context
+    ) -> AsyncIterator[sandboxes_pb2.Event]:
+        """See sandboxes.proto."""
+        async with self._gate.admit(context, USERS, stream=True) as caller:
+            revision = 0
+            async for item in self._events.stored():
+                if isinstance(item, int):
+                    revision = item
+                elif _may_see(caller, item, request.subject):
+                    yield edge.render_event(item)
+            if not request.follow:
+                return
+            async with aclosing(self._events.follow(revision)) as news:
+                async for event in news:
+                    if _may_see(caller, event, request.subject):
+                        yield edge.render_event(event)
+
+
+def _may_see(caller: Caller, event: Event, subject: str) -> bool:
+    mine = event.tenant == caller.tenant or (caller.is_operator and not event.tenant)
+    return mine and subject in ("", event.subject)

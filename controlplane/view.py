@@ -1,0 +1,188 @@
+"""A mirror of the store in memory: hosts, sandboxes, images and who holds them, kept up by one watch.
+
+Promise: it shows one revision of the store at a time (`revision`), at most a moment old. Decisions are made on it and
+committed with guards (keys.py), so that an old view costs a retry and never a wrong commit. Waiting wakes at once.
+Whoever follows single sandboxes gets the *set* that changed, not a queue: a slow reader skips states, never grows.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TypeVar
+
+from controlplane import codec, keys
+from controlplane.errors import BadState, Compacted, StoreError
+from controlplane.model import Host, Image, Residency, Sandbox
+from controlplane.store.contract import Batch, Record, Store
+
+log = logging.getLogger("sandloom.controlplane.view")
+
+T = TypeVar("T")
+PAGE_RECORDS = 1000
+RETRY_S = 0.5
+
+
+class Changed:
+    """The uids of sandboxes that changed since they were last taken."""
+
+    def __init__(self) -> None:
+        self._uids: set[str] = set()
+        self._filled = asyncio.Event()
+
+    def add(self, uid: str) -> None:
+        """Marks one."""
+        self._uids.add(uid)
+        self._filled.set()
+
+    async def take(self, timeout_s: float) -> set[str]:
+        """Waits until some changed; empty after `timeout_s`."""
+        try:
+            async with asyncio.timeout(timeout_s):  # never wait_for: in Python 3.11 it may swallow a cancellation
+                await self._filled.wait()
+        except TimeoutError:
+            return set()
+        taken, self._uids = self._uids, set()
+        self._filled.clear()
+        return taken
+
+
+class View:
+    """See the module. run() is its owner; everything else reads."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        self.revision = 0
+        self.hosts: dict[str, Host] = {}
+        self.alive: set[str] = set()
+        self.sandboxes: dict[str, Sandbox] = {}  # by uid
+        self.images: dict[str, Image] = {}  # by key
+        self.residency: dict[str, Residency] = {}  # by key
+        self.placements: dict[str, int] = {}  # mod_revision of the guard, by host
+        self._followers: set[Changed] = set()
+        self._moved = asyncio.Event()
+
+    async def run(self) -> None:
+        """Lists, then follows, for ever; lists again when it fell behind a compaction or the store failed."""
+        while True:
+            try:
+                await self._load()
+                async with self._store.watch(keys.ALL, after=self.revision) as batches:
+                    async for batch in batches:
+                        self._take(batch)
+            except Compacted:
+                log.warning("the view fell behind and reads everything again")
+            except StoreError as error:
+                log.error("the view cannot follow the store: %s", error)
+                await asyncio.sleep(RETRY_S)
+
+    async def reached(self, revision: int) -> None:
+        """Returns when the view shows `revision` or a later one. Bound it with a timeout."""
+        await self.until(lambda: self.revision >= revision or None)
+
+    async def until(self, condition: Callable[[], T | None]) -> T:
+        """Waits until `condition` gives something other than None. It is asked again after each change."""
+        while (found := condition()) is None:
+            await self._moved.wait()
+        return found
+
+    @property
+    def moved(self) -> asyncio.Event:
+        """Is set by the next change. Take it first, then look at the view, then wait for it: nothing is missed."""
+        return self._moved
+
+    @contextmanager
+    def following(self) -> Iterator[Changed]:
+        """Marks every sandbox that changes while the block runs."""
+        changed = Changed()
+        self._followers.add(changed)
+        try:
+            yield changed
+        finally:
+            self._followers.discard(changed)
+
+    def on_host(self, host: str) -> list[Sandbox]:
+        """The sandboxes that are assigned to a host."""
+        return [sandbox for sandbox in self.sandboxes.values() if sandbox.host == host]
+
+    def holders(self, tenant: str, digest: str) -> list[str]:
+        """The hosts that hold a tenant's image."""
+        prefix = keys.residency(tenant, digest, "")
+        return sorted(held.host for key, held in self.residency.items() if key.startswith(prefix))
+
+    async def _load(self) -> None:
+        """Replaces everything by one revision of the store."""
+        records: list[Record] = []
+        after, revision = "", 0
+        for prefix in (keys.ALIVE, keys.HOSTS, keys.IMAGES, keys.PLACEMENTS, keys.RESIDENCY, keys.SANDBOXES):
+            after = ""
+            while True:
+                page = await self._store.page(prefix, after=after, limit=PAGE_RECORDS, revision=revision)
+                revision = page.revision
+                records += page.records
+                if not page.more:
+                    break
+                after = page.records[-1].key
+        for table in (self.hosts, self.images, self.residency, self.placements):
+            table.clear()
+        self.alive.clear()
+        before, self.sandboxes = self.sandboxes, {}
+        for record in records:
+            self._put(record.key, record.value, record.mod_revision)
+        for uid in before:
+            self._mark(uid)
+        self._reach(revision)
+
+    def _take(self, batch: Batch) -> None:
+        for change in batch.changes:
+            if change.value is None:
+                self._delete(change.key)
+            else:
+                self._put(change.key, change.value, batch.revision)
+        self._reach(batch.revision)
+
+    def _reach(self, revision: int) -> None:
+        self.revision = revision
+        self._moved.set()
+        self._moved = asyncio.Event()
+
+    def _mark(self, uid: str) -> None:
+        for follower in self._followers:
+            follower.add(uid)
+
+    def _put(self, key: str, value: bytes, revision: int) -> None:
+        try:
+            if key.startswith(keys.SANDBOXES):
+                sandbox = codec.decode(Sandbox, value, key, revision=revision)
+                self.sandboxes[sandbox.uid] = sandbox
+                self._mark(sandbox.uid)
+            elif key.startswith(keys.HOSTS):
+                self.hosts[key.removeprefix(keys.HOSTS)] = codec.decode(Host, value, key, revision=revision)
+            elif key.startswith(keys.IMAGES):
+                self.images[key] = codec.decode(Image, value, key, revision=revision)
+            elif key.startswith(keys.RESIDENCY):
+                self.residency[key] = codec.decode(Residency, value, key)
+        except BadState as error:  # one bad record must not blind the control plane to all the others
+            log.error("%s", error)
+            return
+        if key.startswith(keys.ALIVE):
+            self.alive.add(key.removeprefix(keys.ALIVE))
+        elif key.startswith(keys.PLACEMENTS):
+            self.placements[key.removeprefix(keys.PLACEMENTS)] = revision
+
+    def _delete(self, key: str) -> None:
+        if key.startswith(keys.SANDBOXES):
+            uid = keys.split_sandbox(key)[2]
+            self.sandboxes.pop(uid, None)
+            self._mark(uid)
+        elif key.startswith(keys.HOSTS):
+            self.hosts.pop(key.removeprefix(keys.HOSTS), None)
+        elif key.startswith(keys.ALIVE):
+            self.alive.discard(key.removeprefix(keys.ALIVE))
+        elif key.startswith(keys.PLACEMENTS):
+            self.placements.pop(key.removeprefix(keys.PLACEMENTS), None)
+        else:
+            self.images.pop(key, None)
+            self.residency.pop(key, None)

@@ -1,0 +1,116 @@
+"""The mirror of the store: one revision at a time, survives what is bad, never grows with a slow reader."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import pytest
+
+from controlplane import codec, keys, transitions
+from controlplane.errors import Compacted
+from controlplane.model import Capacity, Host, Residency, Resources, Sandbox, SandboxSpec
+from controlplane.store.contract import Delete, Put, Store
+from controlplane.store.sqlite import open_sqlite
+from controlplane.view import View
+from controlplane.watching import Bookmark, Gone, watch_assignments
+from controlplane.watching import Put as Told
+
+
+@asynccontextmanager
+async def viewed(path: Path) -> AsyncIterator[tuple[Store, View]]:
+    async with open_sqlite(path) as store:
+        view = View(store)
+        running = asyncio.create_task(view.run())
+        try:
+            await view.reached(1)
+            yield store, view
+        finally:
+            running.cancel()
+            await asyncio.gather(running, return_exceptions=True)
+
+
+def sandbox(uid: str, host: str = "h1", memory_mib: int = 256) -> Sandbox:
+    spec = SandboxSpec("base", Resources(256, 1024, memory_mib, 1000))
+    return Sandbox(f"name-{uid}", uid, "t", spec, 1.0, 1, host=host, epoch=3)
+
+
+def stored(value: Sandbox) -> Put:
+    return Put(keys.sandbox(value.tenant, value.name, value.uid), codec.encode(value))
+
+
+async def test_what_was_there_before_and_what_comes_after_are_both_seen(tmp_path: Path) -> None:
+    host = Host("h1", Capacity(1), "x:1", 1.0)
+    async with open_sqlite(tmp_path / "s.db") as store:
+        lease = await store.grant_lease(60)
+        await store.commit([Put(keys.host("h1"), codec.encode(host)), Put(keys.alive("h1"), b"", lease)])
+        held = Residency("t", "sha256:1", "h1", 1.0)
+        await store.commit([Put(keys.residency("t", "sha256:1", "h1"), codec.encode(held))])
+    async with viewed(tmp_path / "s.db") as (store, view):
+        assert (set(view.hosts), view.alive, view.holders("t", "sha256:1")) == ({"h1"}, {"h1"}, ["h1"])
+        assert view.holders("u", "sha256:1") == []
+        guard = await store.commit([stored(sandbox("a")), Put(keys.placement("h1"), b"a")])
+        await view.reached(guard)
+        assert (view.sandboxes["a"].revision, view.placements["h1"]) == (guard, guard)
+        assert [s.uid for s in view.on_host("h1")] == ["a"]
+        await store.revoke_lease(lease)
+        gone = [Delete(keys.host("h1")), Delete(keys.residency("t", "sha256:1", "h1")), Delete(keys.placement("h1"))]
+        await view.reached(await store.commit([*gone, Delete(keys.sandbox("t", "name-a", "a"))]))
+        assert (view.hosts, view.alive, view.residency, view.placements, view.sandboxes) == ({}, set(), {}, {}, {})
+
+
+async def test_a_record_that_cannot_be_read_hides_no_other_one(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with viewed(tmp_path / "s.db") as (store, view):
+        await view.reached(await store.commit([Put("sandboxes/t/bad,x", b"rubbish"), stored(sandbox("a"))]))
+        assert set(view.sandboxes) == {"a"}
+        assert "sandboxes/t/bad,x" in caplog.text
+        await view.reached(await store.commit([Delete("sandboxes/t/bad,x")]))
+
+
+async def test_a_view_that_fell_behind_a_compaction_reads_everything_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with viewed(tmp_path / "s.db") as (store, view):
+        await view.reached(await store.commit([stored(sandbox("a")), stored(sandbox("b"))]))
+        with view.following() as changed:
+            take, failures = view._take, [Compacted("Compacted", "as if")]
+
+            def failing(batch: object) -> None:
+                if failures:
+                    raise failures.pop()
+                take(batch)  # type: ignore[arg-type]
+
+            monkeypatch.setattr(view, "_take", failing)
+            gone = Delete(keys.sandbox("t", "name-a", "a"))
+            await view.reached(await store.commit([gone, stored(sandbox("c"))]))
+            assert set(view.sandboxes) == {"b", "c"}
+            assert {"a", "c"} <= await changed.take(5)
+
+
+async def test_a_slow_host_gets_the_newest_state_and_none_of_those_between(tmp_path: Path) -> None:
+    async with viewed(tmp_path / "s.db") as (store, view):
+        await view.reached(await store.commit([stored(sandbox("a")), stored(sandbox("b"))]))
+        told = watch_assignments(view, "h1", bookmark_s=0.05)
+        first = [await anext(told) for _ in range(3)]
+        assert {item.sandbox.uid for item in first if isinstance(item, Told)} == {"a", "b"}
+        assert isinstance(first[2], Bookmark)
+        revision = 0
+        for size in range(300, 400):  # while the host does not read
+            revision = await store.commit([stored(sandbox("a", memory_mib=size))])
+        await view.reached(revision)
+        item = await anext(told)
+        assert isinstance(item, Told)
+        assert item.sandbox.spec.resources.memory_mib == 399
+        assert isinstance(await anext(told), Bookmark)
+        await view.reached(await store.commit([stored(sandbox("b", host="h2"))]))
+        item = await anext(told)
+        assert isinstance(item, Gone)
+        assert item.uid == "b"
+        reported = transitions.stopped(sandbox("b", host="h2"), 10, 1.0)
+        await view.reached(await store.commit([stored(reported)]))  # somebody else's now
+        assert isinstance(await anext(told), Bookmark)
+        await told.aclose()
