@@ -1,0 +1,132 @@
+"""A running QEMU with its agent: implements hostd.drivers.contract.Engine.
+
+Owns, while attached: the QMP session, the agent's link and the watch on the process. detach() lets go of all three
+and leaves the guest running; the driver's destroy() ends it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass
+
+from guestagent.errors import BadRequest
+from guestagent.messages import MAIN_PROC, StartProcess
+from hostd.agentlink import AgentLink
+from hostd.agentprocess import AgentProcess
+from hostd.cgroups import Hierarchy
+from hostd.drivers.contract import Loss, MemoryNow, Region
+from hostd.drivers.qemu.control import Control
+from hostd.drivers.qemu.plan import limits_for
+from hostd.errors import ControlLost, HostdError, InvalidSpec
+from hostd.journal import Handle
+from hostd.process import WatchedProcess
+from hostd.regions import regions_of
+from hostd.spec import Command, MemoryShape, Resources
+
+EXIT_LAG_S = 0.5
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What an attached engine holds."""
+
+    process: WatchedProcess
+    control: Control
+    link: AgentLink
+
+
+class QemuEngine:
+    """See the module."""
+
+    def __init__(
+        self,
+        uid: str,
+        handle: Handle,
+        parts: Parts,
+        cgroups: Hierarchy,
+        start_phases: tuple[tuple[str, float], ...] = (),
+    ) -> None:
+        self.handle, self.start_phases = handle, start_phases
+        self.origin = ""
+        self._uid, self._parts, self._cgroups = uid, parts, cgroups
+        self._shape = MemoryShape(handle.base_mib, handle.elastic_mib)
+
+    @property
+    def link(self) -> AgentLink:
+        """The agent's link, for tests and for adoption."""
+        return self._parts.link
+
+    async def wait_gone(self) -> Loss:
+        """See Engine.wait_gone."""
+        gone, lost = self._parts.process.gone, self._parts.link.lost
+        await asyncio.wait({gone, lost}, return_when=asyncio.FIRST_COMPLETED)
+        if not gone.done():  # the port closes a moment before the process is seen to end
+            await asyncio.wait({gone}, timeout=EXIT_LAG_S)
+        if gone.done():
+            return Loss("VmmExited", f"QEMU is gone: {gone.result()}")
+        return Loss("AgentLost", f"the agent is lost: {lost.result()}")
+
+    async def spawn(self, command: Command, *, main: bool) -> AgentProcess:
+        """See Engine.spawn."""
+        link = self._parts.link
+        try:
+            start = start_of(command, MAIN_PROC if main else link.new_proc())
+        except BadRequest as error:
+            raise InvalidSpec(f"{command.argv[0] if command.argv else 'command'}: {error}") from error
+        return await link.spawn(start)
+
+    def resume(self) -> AgentProcess | None:
+        """See Engine.resume."""
+        link = self._parts.link
+        main: AgentProcess | None = None
+        for state in link.guest.procs:
+            process = link.follow(state.proc)
+            if state.proc == MAIN_PROC:
+                main = process
+            else:
+                link.abandon(process)
+        return main
+
+    async def resize(self, resources: Resources) -> None:
+        """See Engine.resize."""
+        try:
+            await asyncio.to_thread(self._cgroups.set_limits, self._uid, limits_for(resources))
+        except HostdError as error:
+            raise ControlLost(str(error)) from error
+        if self._shape.elastic_mib:
+            await self._parts.control.request_elastic_mib(self._shape.requested_mib(resources.memory_mib))
+
+    async def memory(self) -> MemoryNow:
+        """See Engine.memory."""
+        elastic = await self._parts.control.elastic_mib() if self._shape.elastic_mib else 0
+        stats = await self._parts.link.stats()
+        return MemoryNow(self._shape.base_mib + elastic, stats.mem_available_kib >> 10)
+
+    async def regions(self) -> list[Region]:
+        """See Engine.regions."""
+        return await asyncio.to_thread(regions_of, self.handle.pid)
+
+    async def console_tail(self) -> str:
+        """The guest kernel's last words."""
+        return await self._parts.control.console_tail()
+
+    async def detach(self) -> None:
+        """See Engine.detach. Idempotent."""
+        await self._parts.link.close()
+        await self._parts.control.close()
+        self._parts.process.close()
+
+
+def start_of(command: Command, proc: int) -> StartProcess:
+    """A command as the agent takes it. BadRequest says what is wrong with it."""
+    return StartProcess(
+        proc=proc,
+        argv=tuple(word.encode(errors="surrogateescape") for word in command.argv),
+        env=tuple(f"{key}={value}".encode(errors="surrogateescape") for key, value in command.env),
+        cwd=command.workdir.encode(errors="surrogateescape"),
+        user=command.user.encode(errors="surrogateescape"),
+        tty=command.tty,
+        rows=command.rows,
+        cols=command.cols,
+        stdin=command.stdin,
+    )

@@ -1,0 +1,171 @@
+"""One QEMU process: its directory, uid, cgroup and control socket; made, reached, and ended with all it left.
+
+RUN/<uid>/            owned by the VM's uid, 0700; made by fork(), removed by destroy()
+    qmp.sock          QEMU's control socket (QEMU listens)
+    agent.sock        the host's end of the agent's virtio-serial port (QEMU listens)
+    vmm.log           what QEMU itself printed
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import shutil
+import subprocess
+from contextlib import AsyncExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+from hostd.agentlink import AgentLink
+from hostd.cgroups import Hierarchy, Limits
+from hostd.drivers.qemu.command import GuestShape, launcher_argv, qemu_argv
+from hostd.drivers.qemu.control import Control
+from hostd.errors import AgentLost, ControlLost, HostdError, StartFailed
+from hostd.journal import Handle
+from hostd.process import WatchedProcess, is_zombie, open_same, reap, start_ticks
+
+QMP_DEADLINE_S = 20.0
+KILL_DEADLINE_S = 5.0
+LOG_TAIL_BYTES = 400
+
+
+@dataclass(frozen=True)
+class Launch:
+    """A QEMU to be started: what it looks like, who it is, what bounds it, which descriptors it inherits."""
+
+    shape: GuestShape
+    vm_uid: int
+    gids: tuple[int, ...]
+    limits: Limits
+    inherit: tuple[int, ...] = ()
+
+    @property
+    def folder(self) -> Path:
+        """Its directory."""
+        return self.shape.folder
+
+
+@dataclass(frozen=True)
+class Vmm:
+    """A QEMU that answers."""
+
+    process: WatchedProcess
+    control: Control
+
+
+class Vmms:
+    """Starts and ends QEMUs on this host. Stateless: what runs is known by its Handle."""
+
+    def __init__(self, cgroups: Hierarchy, boot_deadline_s: float) -> None:
+        self.cgroups, self._boot_deadline_s = cgroups, boot_deadline_s
+
+    def fork(self, launch: Launch) -> Handle:
+        """Makes directory and cgroup and starts QEMU in them. Blocks for milliseconds. StartFailed."""
+        shape = launch.shape
+        try:
+            pid = self._fork(launch)
+        except OSError as error:
+            raise StartFailed(f"QEMU cannot be started: {error}", reason="HostError") from error
+        ticks = start_ticks(pid)
+        if ticks is None:
+            reap(pid)
+            raise StartFailed(f"QEMU ended at once: {said(launch.folder)}", reason="VmmExited")
+        memory = shape.memory
+        return Handle(pid, ticks, launch.vm_uid, shape.accel, memory.base_mib, memory.elastic_mib, shape.vcpus)
+
+    def _fork(self, launch: Launch) -> int:
+        launch.folder.mkdir(parents=True, mode=0o700)
+        os.chown(launch.folder, launch.vm_uid, launch.vm_uid)
+        procs = self.cgroups.create(launch.shape.uid, launch.limits)
+        gids = sorted(launch.gids)
+        if launch.shape.accel == "kvm":
+            gids.append(Path("/dev/kvm").stat().st_gid)
+        argv = launcher_argv(qemu_argv(launch.shape), uid=launch.vm_uid, gids=gids, cgroup_procs=procs)
+        with (launch.folder / "vmm.log").open("wb") as log:
+            child = subprocess.Popen(
+                argv,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                cwd="/",
+                start_new_session=True,
+                env={"PATH": "/usr/sbin:/usr/bin:/sbin:/bin"},
+                pass_fds=launch.inherit,
+            )
+        child.returncode = 0  # the pidfd watcher reaps it, not Popen's own bookkeeping
+        return child.pid
+
+    async def reach(self, shape: GuestShape, handle: Handle, stack: AsyncExitStack) -> Vmm:
+        """The running QEMU's process and control, closed by `stack`. StartFailed with QEMU's own words."""
+        descriptor = open_same(handle.pid, handle.start_ticks)
+        if descriptor is None:
+            raise StartFailed(f"QEMU ended at once: {said(shape.folder)}", reason="VmmExited")
+        process = WatchedProcess(handle.pid, descriptor)
+        stack.callback(process.close)
+        try:
+            control = await Control.connect(shape.qmp_path, deadline_s=QMP_DEADLINE_S, alive=process.gone)
+        except ControlLost as error:
+            words = f"QEMU did not start: {error}; it said: {said(shape.folder)}"
+            raise StartFailed(words, reason="VmmExited") from error
+        stack.push_async_callback(control.close)
+        return Vmm(process, control)
+
+    async def reach_agent(self, shape: GuestShape, vmm: Vmm, stack: AsyncExitStack) -> AgentLink:
+        """The booted guest's agent, closed by `stack`. StartFailed with the last words of QEMU or the guest."""
+        try:
+            link = await AgentLink.connect(shape.agent_path, deadline_s=self._boot_deadline_s, gone=vmm.process.gone)
+        except StartFailed as error:
+            raise StartFailed(f"{error}; QEMU said: {said(shape.folder)}", reason=error.reason) from error
+        except AgentLost as error:
+            console = (await vmm.control.console_tail())[-LOG_TAIL_BYTES:]
+            raise StartFailed(f"{error}; the guest's console ends: {console!r}", reason=error.reason) from error
+        stack.push_async_callback(link.close)
+        return link
+
+    async def destroy(self, uid: str, folder: Path, handle: Handle | None) -> None:
+        """Ends whatever runs as `uid` and removes cgroup and directory. Idempotent. HostdError when it stays."""
+        if handle is not None:
+            await _kill(handle)
+        for pid in await asyncio.to_thread(self.cgroups.remove, uid):
+            reap(pid)
+        await asyncio.to_thread(_remove_tree, folder)
+
+    async def undo(self, shape: GuestShape, forked: asyncio.Future[Handle]) -> None:
+        """After a failed or cancelled start. A thread that is forking cannot be cancelled: it takes milliseconds."""
+        await asyncio.wait({forked})
+        failed = forked.exception() is not None
+        await self.destroy(shape.uid, shape.folder, None if failed else forked.result())
+
+
+async def _kill(handle: Handle) -> None:
+    descriptor = open_same(handle.pid, handle.start_ticks)
+    if descriptor is None:
+        if is_zombie(handle.pid, handle.start_ticks):
+            reap(handle.pid)
+        return
+    process = WatchedProcess(handle.pid, descriptor)
+    try:
+        process.kill()
+        await asyncio.wait({process.gone}, timeout=KILL_DEADLINE_S)
+        if not process.gone.done():
+            raise HostdError(f"QEMU, pid {handle.pid}, does not end within {KILL_DEADLINE_S:.0f} s of SIGKILL")
+    finally:
+        process.close()
+
+
+def _remove_tree(folder: Path) -> None:
+    try:
+        shutil.rmtree(folder)
+    except FileNotFoundError:
+        pass
+    except OSError as error:
+        raise HostdError(f"{folder} cannot be removed: {error.strerror}") from error
+
+
+def said(folder: Path) -> str:
+    """The last words that a QEMU printed."""
+    try:
+        words = (folder / "vmm.log").read_bytes()[-LOG_TAIL_BYTES:].decode(errors="replace").strip()
+    except OSError:
+        words = ""
+    return words or "nothing"
