@@ -1,0 +1,164 @@
+"""An OCI bundle's config.json and an exec's process.json, as pure functions of what shall run.
+
+The set of capabilities, masked paths and devices is docker's, less CAP_MKNOD: no workload makes device nodes. What the
+fields mean is said by the OCI runtime specification 1.0.2 (config.md, config-linux.md); the seccomp allow-list beside
+this file is the one that docker and podman share, less what only a privileged process needs.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from hostd.drivers.oci.users import Identity
+from hostd.spec import Command
+
+CAPABILITIES = (
+    "CAP_AUDIT_WRITE", "CAP_CHOWN", "CAP_DAC_OVERRIDE", "CAP_FOWNER", "CAP_FSETID", "CAP_KILL", "CAP_NET_BIND_SERVICE",
+    "CAP_NET_RAW", "CAP_SETFCAP", "CAP_SETGID", "CAP_SETPCAP", "CAP_SETUID", "CAP_SYS_CHROOT",
+)  # fmt: skip
+MASKED_PATHS = (
+    "/proc/acpi", "/proc/asound", "/proc/interrupts", "/proc/kcore", "/proc/keys", "/proc/latency_stats",
+    "/proc/sched_debug", "/proc/scsi", "/proc/timer_list", "/proc/timer_stats", "/sys/devices/virtual/powercap",
+    "/sys/firmware", "/sys/fs/selinux",
+)  # fmt: skip
+READONLY_PATHS = ("/proc/bus", "/proc/fs", "/proc/irq", "/proc/sys", "/proc/sysrq-trigger")
+OPEN_FILES = 65536
+SHM_BYTES = 64 << 20
+TTY_GID = 5
+
+CLONE_NEW_FLAGS = 0x7E020000
+"""CLONE_NEWNS, CGROUP, UTS, IPC, USER, PID, NET of clone(2)."""
+
+AF_VSOCK = 40
+ENOSYS, EPERM = 38, 1
+SECCOMP_ARCHITECTURES = {
+    "x86_64": ("SCMP_ARCH_X86_64", "SCMP_ARCH_X86", "SCMP_ARCH_X32"),
+    "aarch64": ("SCMP_ARCH_AARCH64", "SCMP_ARCH_ARM"),
+}
+
+
+@dataclass(frozen=True)
+class BundleShape:
+    """What a container is, beside its command. `init` stands before the command; `machine` is uname's, for seccomp
+    ("" leaves the filter out: the user-space kernel has its own)."""
+
+    rootfs: Path
+    hostname: str
+    init: tuple[str, ...] = ()
+    machine: str = ""
+    cgroup_namespace: bool = True
+    netns: Path | None = None  # None: a new one with lo only
+    open_files: int = OPEN_FILES
+    root_hook: Path | None = None  # a program that takes away what crun gives the root: devices of the image, setuid
+
+
+def process_json(
+    command: Command, identity: Identity, *, init: tuple[str, ...] = (), open_files: int = OPEN_FILES
+) -> dict[str, Any]:
+    """The process object; `open_files` is how many descriptors it may have, at most what this host allows. A user other
+    than root gets no capability that it could use, as with docker."""
+    usable = list(CAPABILITIES) if identity.uid == 0 else []
+    process: dict[str, Any] = {
+        "terminal": command.tty,
+        "user": {"uid": identity.uid, "gid": identity.gid, "additionalGids": list(identity.groups)},
+        "args": [*init, *command.argv],
+        "env": [f"{key}={value}" for key, value in command.env],
+        "cwd": command.workdir or "/",
+        "capabilities": {"bounding": list(CAPABILITIES), "effective": usable, "permitted": usable},
+        "rlimits": [
+            {"type": "RLIMIT_NOFILE", "hard": open_files, "soft": open_files},
+            {"type": "RLIMIT_CORE", "hard": 0, "soft": 0},
+        ],
+        "noNewPrivileges": True,
+    }
+    if command.tty:
+        process["consoleSize"] = {"height": command.rows, "width": command.cols}
+    return process
+
+
+def _mount(target: str, kind: str, *options: str) -> dict[str, Any]:
+    return {"destination": target, "type": kind, "source": kind, "options": list(options)}
+
+
+def mounts() -> list[dict[str, Any]]:
+    """What every container sees beside its root: proc, a minimal /dev, shared memory, a read-only /sys."""
+    return [
+        _mount("/proc", "proc", "nosuid", "noexec", "nodev"),
+        _mount("/dev", "tmpfs", "nosuid", "noexec", "strictatime", "mode=755", "size=65536k"),
+        _mount("/dev/pts", "devpts", "nosuid", "noexec", "newinstance", "ptmxmode=0666", "mode=0620", f"gid={TTY_GID}"),
+        _mount("/dev/shm", "tmpfs", "nosuid", "noexec", "nodev", "mode=1777", f"size={SHM_BYTES >> 10}k"),
+        _mount("/sys", "sysfs", "nosuid", "noexec", "nodev", "ro"),
+    ]
+
+
+def _namespaces(shape: BundleShape) -> list[dict[str, str]]:
+    kinds = ["pid", "ipc", "uts", "mount", *(["cgroup"] if shape.cgroup_namespace else [])]
+    network = {"type": "network", **({"path": str(shape.netns)} if shape.netns else {})}
+    return [*({"type": kind} for kind in kinds), network]
+
+
+def config_json(command: Command, identity: Identity, shape: BundleShape) -> dict[str, Any]:
+    """All of config.json."""
+    linux: dict[str, Any] = {
+        "namespaces": _namespaces(shape),
+        "maskedPaths": list(MASKED_PATHS),
+        "readonlyPaths": list(READONLY_PATHS),
+        "rootfsPropagation": "private",
+    }
+    if shape.machine:
+        linux["seccomp"] = seccomp_profile(shape.machine)
+    hook = shape.root_hook
+    hooks = [{"path": str(hook), "args": [hook.name, "nodev", str(shape.rootfs)]}] if hook else []
+    return {
+        "ociVersion": "1.0.2",
+        "process": process_json(command, identity, init=shape.init, open_files=shape.open_files),
+        "root": {"path": str(shape.rootfs), "readonly": False},
+        "hostname": shape.hostname,
+        "mounts": mounts(),
+        "hooks": {"createContainer": hooks},
+        "linux": linux,
+    }
+
+
+@cache
+def _syscalls() -> tuple[tuple[str, ...], tuple[str, ...]]:
+    lists = json.loads((Path(__file__).parent / "seccomp.json").read_text(encoding="utf-8"))
+    return tuple(lists["allow"]), tuple(lists["eperm"])
+
+
+@cache
+def seccomp_profile(machine: str) -> dict[str, Any]:
+    """The default filter: what is not on the list is ENOSYS, so that programs fall back; what is known to be refused is
+    EPERM. clone(2) must not make namespaces, and clone3(2), whose flags a filter cannot read, is ENOSYS."""
+    allow, refused = _syscalls()
+    no_namespaces = {"index": 0, "value": CLONE_NEW_FLAGS, "valueTwo": 0, "op": "SCMP_CMP_MASKED_EQ"}
+    profile: dict[str, Any] = {
+        "defaultAction": "SCMP_ACT_ERRNO",
+        "defaultErrnoRet": ENOSYS,
+        "syscalls": [
+            {"names": list(allow), "action": "SCMP_ACT_ALLOW"},
+            {"names": list(refused), "action": "SCMP_ACT_ERRNO", "errnoRet": EPERM},
+            {"names": ["clone"], "action": "SCMP_ACT_ALLOW", "args": [no_namespaces]},
+            {"names": ["clone3"], "action": "SCMP_ACT_ERRNO", "errnoRet": ENOSYS},
+            {
+                "names": ["socket"],
+                "action": "SCMP_ACT_ALLOW",
+                "args": [{"index": 0, "value": AF_VSOCK, "op": "SCMP_CMP_NE"}],
+            },
+            *(
+                {
+                    "names": ["personality"],
+                    "action": "SCMP_ACT_ALLOW",
+                    "args": [{"index": 0, "value": value, "op": "SCMP_CMP_EQ"}],
+                }
+                for value in (0x0, 0x8, 0x20000, 0x20008, 0xFFFFFFFF)
+            ),
+        ],
+    }
+    if machine in SECCOMP_ARCHITECTURES:
+        profile["architectures"] = list(SECCOMP_ARCHITECTURES[machine])
+    return profile

@@ -1,0 +1,219 @@
+"""The driver of the classes user-kernel (runsc) and host-kernel (crun): one OCI runtime and one monitor a sandbox.
+
+    RUN/<uid>/            0700, root's; made here, removed by destroy()
+        rootfs            overlayfs over the image's layers (hostd/drivers/oci/mounts.py); upper: a tmpfs
+        config.json       the bundle (hostd/drivers/oci/bundle.py)
+        agent.sock        where the sandbox's monitor listens (hostd/drivers/oci/src)
+        state             the runtime's own state
+        monitor.log, runtime.log
+
+The monitor and all that the runtime starts are in the sandbox's cgroup: what is in it is the sandbox, also when hostd
+knows no pid of it any more. Needs root: mounts, cgroups, namespaces; there is no rootless mode.
+
+A start is cut into phases that add up: vmm (monitor), kernel (none: the host's runs already, the user-space kernel
+comes with the workload), agent (mounts, to the monitor's greeting). The container itself is made by the first spawn(),
+the owner's phase workload.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import shutil
+import socket
+import subprocess
+import time
+from collections.abc import Callable
+from contextlib import AsyncExitStack
+from dataclasses import replace
+from pathlib import Path
+
+from guestagent.messages import MAIN_PROC
+from guestagent.protocol import ProcCarry, SessionCarry
+from hostd.agentlink import AgentLink
+from hostd.cgroups import Hierarchy
+from hostd.drivers.contract import Engine, StartPlan
+from hostd.drivers.oci import identity
+from hostd.drivers.oci.engine import OciEngine, Place
+from hostd.drivers.oci.monitor import MONITOR
+from hostd.drivers.oci.mounts import Layers
+from hostd.drivers.oci.plan import limits_for, upper_mib
+from hostd.drivers.oci.runtime import Runtime
+from hostd.errors import AgentLost, ConfigError, HostdError, StartFailed
+from hostd.journal import Handle
+from hostd.process import WatchedProcess, is_zombie, open_same, reap, start_ticks
+from hostd.tasks import to_its_end
+
+GREET_DEADLINE_S = 10.0
+KILL_DEADLINE_S = 5.0
+LOG_TAIL_BYTES = 400
+
+
+def require_root() -> None:
+    """ConfigError, with the reason, when hostd does not run as root."""
+    if os.geteuid() != 0:
+        raise ConfigError(
+            "the classes user-kernel and host-kernel need root: hostd mounts EROFS and overlayfs for them and puts them"
+            " into cgroups, which no rootless runtime can do on the host's behalf: run hostd as root",
+            reason="RootlessRefused",
+        )
+
+
+class OciDriver:
+    """Implements hostd.drivers.contract.Driver."""
+
+    def __init__(
+        self,
+        runtime: Runtime,
+        layers: Layers,
+        cgroups: Hierarchy,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        require_root()
+        if runtime.name == "crun":
+            state = layers.root / "crun-state"
+            state.mkdir(exist_ok=True, mode=0o700)
+            runtime = replace(runtime, state=state)
+        self.runtime, self.layers, self.cgroups = runtime, layers, cgroups
+        self._clock = clock
+
+    async def start(self, plan: StartPlan, made: Callable[[Handle], None]) -> Engine:
+        """See Driver.start."""
+        begin_s = self._clock()
+        launch = asyncio.ensure_future(asyncio.to_thread(self._launch, plan))
+        mount: asyncio.Future[None] | None = None
+        try:
+            handle = await asyncio.shield(launch)
+            made(handle)
+            vmm_s = self._clock()
+            mount = asyncio.ensure_future(asyncio.to_thread(self._mount, plan))  # while the monitor joins its cgroup
+            async with AsyncExitStack() as stack:
+                link, process = await self._reach(plan, handle, stack)
+                await asyncio.shield(mount)
+                phases = (("vmm", vmm_s - begin_s), ("kernel", 0.0), ("agent", self._clock() - vmm_s))
+                stack.pop_all()
+                return OciEngine(self._place(plan), handle, process, link, phases)
+        except BaseException:
+            await to_its_end(self._undo(plan, launch, mount))
+            raise
+
+    async def _undo(self, plan: StartPlan, launch: asyncio.Future[Handle], mount: asyncio.Future[None] | None) -> None:
+        """After a failed or cancelled start. A thread that is mounting cannot be cancelled: it takes milliseconds."""
+        await asyncio.wait({launch} if mount is None else {launch, mount})
+        if mount is not None:
+            mount.exception()  # told already, or of no interest any more
+        failed = launch.exception() is not None
+        await self.destroy(plan.spec.uid, plan.folder, None if failed else launch.result())
+
+    def _place(self, plan: StartPlan) -> Place:
+        return Place(plan.spec.uid, plan.spec.hostname, plan.folder, self.runtime, self.cgroups)
+
+    def _launch(self, plan: StartPlan) -> Handle:
+        """Makes directory and cgroup and starts the monitor. Blocks for milliseconds."""
+        plan.folder.mkdir(parents=True, mode=0o700)
+        procs = self.cgroups.create(plan.spec.uid, limits_for(plan.spec.resources, self.runtime))
+        pid = self._start_monitor(plan.folder, procs)
+        ticks = start_ticks(pid)
+        if ticks is None:
+            reap(pid)
+            raise StartFailed(f"the monitor ended at once: {_said(plan.folder)}", reason="VmmExited")
+        ceiling_mib = plan.spec.resources.memory_max_mib
+        return Handle(pid, ticks, plan.vm_uid, self.runtime.accel, 0, ceiling_mib, os.cpu_count() or 1)
+
+    def _mount(self, plan: StartPlan) -> None:
+        self.layers.mount_rootfs(plan.folder, plan.layers, upper_mib(plan.spec.resources))
+        identity.write(plan.folder / "rootfs", plan.spec.uid, plan.spec.hostname)
+
+    def _start_monitor(self, folder: Path, procs: list[Path]) -> int:
+        """Its socket listens before it runs, so that nobody has to wait for it."""
+        with socket.socket(socket.AF_UNIX) as listener, (folder / "monitor.log").open("wb") as log:
+            listener.bind(str(folder / "agent.sock"))
+            listener.listen(4)
+            argv = [str(MONITOR), str(folder), str(listener.fileno()), *(["--init"] if self.runtime.init else [])]
+            argv += [*(["--hide", self.runtime.hide] if self.runtime.hide else []), "--", *map(str, procs)]
+            try:
+                child = subprocess.Popen(
+                    argv,
+                    stdin=subprocess.DEVNULL,
+                    stdout=log,
+                    stderr=log,
+                    cwd="/",
+                    env={},
+                    start_new_session=True,
+                    pass_fds=(listener.fileno(),),
+                )
+            except OSError as error:
+                raise StartFailed(f"{MONITOR}: {error.strerror}: build it with `make setup`") from error
+        child.returncode = 0  # the pidfd watcher reaps it, not Popen's own bookkeeping
+        return child.pid
+
+    async def _reach(
+        self, plan: StartPlan, handle: Handle, stack: AsyncExitStack, carry: SessionCarry | None = None
+    ) -> tuple[AgentLink, WatchedProcess]:
+        descriptor = open_same(handle.pid, handle.start_ticks)
+        if descriptor is None:
+            raise StartFailed(f"the monitor ended: {_said(plan.folder)}", reason="VmmExited")
+        process = WatchedProcess(handle.pid, descriptor)
+        stack.callback(process.close)
+        try:
+            link = await AgentLink.connect(
+                plan.folder / "agent.sock", deadline_s=GREET_DEADLINE_S, gone=process.gone, carry=carry
+            )
+        except (StartFailed, AgentLost) as error:
+            raise StartFailed(f"{error}; the monitor said: {_said(plan.folder)}", reason=error.reason) from error
+        stack.push_async_callback(link.close)
+        return link, process
+
+    async def adopt(self, plan: StartPlan, handle: Handle, offsets: dict[int, int]) -> Engine | None:
+        """See Driver.adopt. None when the monitor is gone; StartFailed when it does not answer."""
+        descriptor = open_same(handle.pid, handle.start_ticks)
+        if descriptor is None:
+            return None
+        os.close(descriptor)
+        main = ProcCarry(MAIN_PROC, offsets.get(1, 0), offsets.get(2, 0), stdin_open=plan.spec.process.stdin)
+        async with AsyncExitStack() as stack:
+            link, process = await self._reach(plan, handle, stack, SessionCarry(procs=(main,)))
+            stack.pop_all()
+            return OciEngine(self._place(plan), handle, process, link)
+
+    async def destroy(self, uid: str, folder: Path, handle: Handle | None) -> None:
+        """See Driver.destroy."""
+        await asyncio.to_thread(self.cgroups.remove, uid)  # kills whatever is in it, the monitor too
+        if handle is not None:
+            await self._reap(handle)
+        await asyncio.to_thread(self.layers.unmount_rootfs, folder)
+        if self.runtime.state is not None:
+            await asyncio.to_thread(_remove_tree, self.runtime.state / uid)
+        await asyncio.to_thread(_remove_tree, folder)
+
+    async def _reap(self, handle: Handle) -> None:
+        """The monitor may have been moved out of its cgroup by somebody; and as our child it has to be reaped."""
+        descriptor = open_same(handle.pid, handle.start_ticks)
+        if descriptor is None:
+            if is_zombie(handle.pid, handle.start_ticks):
+                reap(handle.pid)
+            return
+        process = WatchedProcess(handle.pid, descriptor)
+        try:
+            process.kill()
+            await asyncio.wait({process.gone}, timeout=KILL_DEADLINE_S)
+            if not process.gone.done():
+                raise HostdError(
+                    f"the monitor, pid {handle.pid}, does not end within {KILL_DEADLINE_S:.0f} s of SIGKILL"
+                )
+        finally:
+            process.close()
+
+
+def _remove_tree(folder: Path) -> None:
+    with contextlib.suppress(FileNotFoundError):
+        shutil.rmtree(folder)
+
+
+def _said(folder: Path) -> str:
+    try:
+        return (folder / "monitor.log").read_bytes()[-LOG_TAIL_BYTES:].decode(errors="replace").strip() or "nothing"
+    except OSError:
+        return "nothing"

@@ -1,0 +1,172 @@
+"""Which OCI runtimes truly work here, found by running a container with a deadline, not by version or by looking.
+
+runsc's platforms are tried in this order: systrap (no special hardware, newer releases), kvm (fast on bare metal;
+there are nested hosts where /dev/kvm opens and no guest ever comes up), ptrace (works everywhere, slowly). crun is
+tried with everything in sight, then without a cgroup v2 tree beside v1, which it refuses. Verdicts are kept per boot
+of the host and version of the runtime:
+
+    CACHE/oci/<sha256 of boot id and the runtime's own words>.json   {"platform": "ptrace", "hide": "", "why": "..."}
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import tempfile
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+from hostd.cgroups import Hierarchy, Limits
+from hostd.drivers.oci.bundle import BundleShape, config_json
+from hostd.drivers.oci.driver import require_root
+from hostd.drivers.oci.monitor import MONITOR
+from hostd.drivers.oci.runtime import Runtime
+from hostd.drivers.oci.users import Identity
+from hostd.errors import ConfigError
+from hostd.spec import Command
+
+PROBE_DEADLINE_S = 8.0
+"""A working runtime needs well under a second."""
+
+PLATFORMS = ("systrap", "kvm", "ptrace")
+HYBRID_CGROUPS = "/sys/fs/cgroup/unified"
+PROBE_LIMITS = Limits(memory_bytes=512 << 20, cpu_milli=2000, pids=512)
+SAID = b"sandloom runs here\n"
+TAIL_BYTES = 300
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Whether a runtime is of use, and with which settings. `why` is for people."""
+
+    works: bool
+    platform: str
+    hide: str
+    why: str
+
+
+def version_of(binary: str) -> str:
+    """The runtime's own words; "" when it is not installed."""
+    try:
+        done = subprocess.run([binary, "--version"], capture_output=True, text=True, timeout=20)
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return done.stdout.strip()
+
+
+def candidates(name: str, binary: str, *, hybrid: bool) -> list[Runtime]:
+    """What to try, best first. Pure."""
+    if name == "runsc":
+        return [Runtime(name, binary, platform=platform) for platform in PLATFORMS]
+    return [Runtime(name, binary), *([Runtime(name, binary, hide=HYBRID_CGROUPS)] if hybrid else [])]
+
+
+def cache_path(cache_dir: Path, version: str) -> Path:
+    """Where the verdict for this boot and runtime is kept."""
+    boot_id = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    return cache_dir / "oci" / f"{hashlib.sha256(f'{boot_id} {version}'.encode()).hexdigest()[:32]}.json"
+
+
+def _cached(path: Path) -> Verdict | None:
+    try:
+        return Verdict(**json.loads(path.read_text()))
+    except (OSError, ValueError, TypeError):
+        return None
+
+
+def _keep(path: Path, verdict: Verdict) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(f".{os.getpid()}.tmp")
+    temporary.write_text(json.dumps(asdict(verdict)))
+    temporary.rename(path)
+
+
+async def decide(name: str, cgroups: Hierarchy, cache_dir: Path) -> tuple[Runtime | None, str]:
+    """The runtime `name` ("crun", "runsc") as it works here, or None, and why. Tries once a boot; seconds then."""
+    try:
+        require_root()
+    except ConfigError as error:
+        return None, str(error)
+    binary = await asyncio.to_thread(shutil.which, name, path="/usr/sbin:/usr/bin:/sbin:/bin:/usr/local/bin")
+    if binary is None:
+        return None, f"{name} is not installed: apt-get install {name}"
+    path = cache_path(cache_dir, await asyncio.to_thread(version_of, binary))
+    verdict = _cached(path)
+    if verdict is None:
+        hybrid = await asyncio.to_thread(os.path.ismount, HYBRID_CGROUPS)
+        verdict = await _try_all(candidates(name, binary, hybrid=hybrid), cgroups)
+        _keep(path, verdict)
+    if not verdict.works:
+        return None, verdict.why
+    return Runtime(name, binary, verdict.platform, verdict.hide), verdict.why
+
+
+async def _try_all(runtimes: list[Runtime], cgroups: Hierarchy) -> Verdict:
+    failures: list[str] = []
+    for runtime in runtimes:
+        problem = await try_run(runtime, cgroups)
+        if not problem:
+            why = f"a container ran on {runtime.accel}" + (f"; not on {'; '.join(failures)}" if failures else "")
+            return Verdict(True, runtime.platform, runtime.hide, why)
+        failures.append(f"{runtime.platform or runtime.name}: {problem}")
+    return Verdict(False, "", "", f"no container runs here: {'; '.join(failures)}")
+
+
+def _argv(runtime: Runtime, folder: Path, procs: list[Path], name: str) -> list[str]:
+    """A foreground run in the probe's cgroup, and in a mount namespace of its own when something is to be hidden."""
+    join = "".join(f'echo $$ > "{path}"; ' for path in procs)
+    run = [*runtime.base(folder), "run", "--bundle", str(folder), name]
+    if not runtime.hide:
+        return ["/bin/sh", "-ec", f'{join}exec "$@"', "sandloom-probe", *run]
+    script = (
+        f'{join}exec unshare --mount --propagation slave sh -ec "umount -l {runtime.hide}; exec \\"\\$@\\"" sh "$@"'
+    )
+    return ["/bin/sh", "-ec", script, "sandloom-probe", *run]
+
+
+async def try_run(runtime: Runtime, cgroups: Hierarchy, *, deadline_s: float = PROBE_DEADLINE_S) -> str:
+    """Runs a program that says SAID in a container. "" when it did, else what went wrong. Leaves nothing."""
+    name = f"probe-{os.getpid()}-{runtime.accel.replace('/', '-')}"
+    with tempfile.TemporaryDirectory(prefix="sandloom-probe-") as temporary:
+        folder = Path(temporary)
+        try:
+            (folder / "rootfs").mkdir()
+            shutil.copy(MONITOR, folder / "rootfs" / "probe")
+        except OSError as error:
+            return f"{error.filename}: {error.strerror}: build it with `make setup`"
+        for point in ("proc", "dev", "sys"):
+            (folder / "rootfs" / point).mkdir()
+        shape = BundleShape(folder / "rootfs", "probe", open_files=64)
+        if runtime.name == "crun":
+            shape = replace(shape, machine=os.uname().machine, root_hook=MONITOR)
+        command = Command(("/probe", "probe"), (), "/", "", False, False, 24, 80)
+        (folder / "config.json").write_text(json.dumps(config_json(command, Identity(0, 0), shape)))
+        procs = await asyncio.to_thread(cgroups.create, name, PROBE_LIMITS)
+        try:
+            return await _run(_argv(runtime, folder, procs, name), deadline_s)
+        finally:
+            await asyncio.to_thread(cgroups.remove, name)
+
+
+async def _run(argv: list[str], deadline_s: float) -> str:
+    process = await asyncio.create_subprocess_exec(
+        *argv, stdin=subprocess.DEVNULL, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT
+    )
+    assert process.stdout is not None
+    try:
+        async with asyncio.timeout(deadline_s):
+            said = await process.stdout.read()
+            await process.wait()
+    except TimeoutError:
+        return f"nothing came up within {deadline_s:.0f} s"
+    finally:
+        if process.returncode is None:
+            process.kill()
+            await process.wait()
+    if said.endswith(SAID) and process.returncode == 0:
+        return ""
+    return said.decode(errors="replace").strip()[-TAIL_BYTES:] or f"it ended with status {process.returncode}"

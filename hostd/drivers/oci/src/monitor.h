@@ -1,0 +1,119 @@
+/* The per-sandbox monitor: holds what must outlive hostd (pipes, terminals, exit statuses), and nothing else.
+ *
+ *     sandloom-monitor FOLDER [--init] [--hide PATH] -- CGROUP_PROCS...
+ *
+ * It speaks the agent protocol (guestagent/PROTOCOL.md) on FOLDER/agent.sock, as a guest's agent does on its
+ * port. START's argv is the command of an OCI runtime that detaches: `crun run --detach`, `runsc exec
+ * --detach`. For the process with the number N that command has to write the workload's pid to FOLDER/N.pid
+ * and, with a tty, to send the terminal to the socket FOLDER/N.tty. The workload becomes the monitor's child,
+ * because the monitor is a subreaper; so its end cannot be missed and its pid cannot be another's.
+ *
+ * --init: process 1 runs behind our own init (init.c), which gets its program as descriptor 3 and a pipe for
+ * its reports as descriptor 4. --hide: a mount that the runtime must not see (crun refuses cgroup v1 beside
+ * v2).
+ */
+#ifndef SANDLOOM_MONITOR_H
+#define SANDLOOM_MONITOR_H
+
+#include "flow.h"
+#include "message.h"
+#include "wire.h"
+
+#include <stdbool.h>
+#include <stdint.h>
+#include <sys/types.h>
+
+enum {
+    MAX_PROCS = 64,
+    MAIN_PROC = 1,
+    MAX_UNCLAIMED = 32,
+    TEXT_BYTES = 480, /* of a runtime's error that are passed on; the host takes 512 characters */
+    INIT_PROGRAM_FD = 3,
+    INIT_REPORT_FD = 4,
+};
+
+/* What init tells through its pipe. The workload could reach that pipe only by breaking into init; what it
+ * could tell then is its own exit status. */
+enum report_kind { REPORT_STARTED = 1, REPORT_ENDED = 2 };
+struct report {
+    uint32_t kind;
+    uint32_t value; /* STARTED: 0 or the errno of exec; ENDED: the wait status */
+};
+
+enum stage { STAGE_STARTING, STAGE_RUNNING, STAGE_ENDED };
+
+struct process {
+    uint32_t proc; /* the host's number; 0: this slot is free */
+    enum stage stage;
+    uint32_t start_id; /* the START without a reply yet; 0: answered */
+    pid_t runtime;     /* the runtime's command while it runs */
+    pid_t pid;         /* the workload, a child of ours; 0: not known (yet) */
+    int pidfd;         /* main's own process behind init, -1 when there is none */
+    int in, out, err;  /* our ends of its pipes; a terminal is in `in` and `out`; -1: closed */
+    int console;       /* where the runtime sends the terminal, until it did */
+    int reports;       /* init's pipe */
+    bool tty, with_init, told, followed, exit_sent;
+    bool doomed; /* to be killed as soon as it runs */
+    int wait_status;
+    uint16_t rows, cols;
+    struct output streams[2];
+    struct input input;
+};
+
+struct settings {
+    bool with_init;
+    const char *hide;
+    int program; /* our own executable, for init */
+};
+
+/* A child that ended before anybody knew whose it was. */
+struct unclaimed {
+    pid_t pid;
+    int wait_status;
+};
+
+struct monitor {
+    struct settings settings;
+    struct process processes[MAX_PROCS];
+    struct unclaimed unclaimed[MAX_UNCLAIMED];
+    unsigned next_unclaimed;
+    int listener, client, signals;
+    bool greeted;
+    struct rx rx;
+    struct tx tx;
+    char boot_id[48];
+};
+
+/* spawn.c. NULL, or what failed with errno in *error; then nothing is left of it. */
+const char *spawn_runtime(struct process *process, const struct start *start, const struct settings *settings,
+                          int *error);
+void close_fd(int *fd);
+
+/* process.c */
+void process_init(struct process *process, uint32_t proc);
+void process_free(struct process *process);
+struct process *process_find(struct monitor *monitor, uint32_t proc);
+/* Reaps every child that ended. */
+void processes_reap(struct monitor *monitor);
+/* Takes init's reports. */
+void process_report(struct monitor *monitor, struct process *process);
+bool process_take_terminal(struct process *process);
+/* Moves bytes between the process and its windows as far as both allow. */
+void process_pump(struct process *process);
+/* 0 or an errno. */
+int process_signal(struct process *process, int signo);
+int process_resize(const struct process *process, uint16_t rows, uint16_t cols);
+
+/* session.c */
+void session_reset(struct monitor *monitor);
+/* Takes what came from the host. */
+void session_receive(struct monitor *monitor);
+/* Queues what followed processes may say now. */
+void session_say(struct monitor *monitor);
+void reply_pid(struct monitor *monitor, uint32_t id, pid_t pid);
+void reply_refusal(struct monitor *monitor, uint32_t id, int error, const char *text, size_t size);
+
+/* init.c: PID 1 of a container; runs argv as its child. Never returns. */
+_Noreturn void init_run(char **argv);
+
+#endif

@@ -1,0 +1,351 @@
+/* The processes of a sandbox: their start through the runtime, their streams, their end. */
+#include "monitor.h"
+#include "text.h"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <signal.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/ioctl.h>
+#include <sys/socket.h>
+#include <sys/syscall.h>
+#include <sys/time.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+enum { TERMINAL_DEADLINE_S = 5 };
+
+static const char END_OF_INPUT = 4; /* ^D, what a terminal takes for end of file */
+
+void process_init(struct process *process, uint32_t proc) {
+    memset(process, 0, sizeof(*process));
+    process->proc = proc;
+    process->in = process->out = process->err = process->console = process->reports = process->pidfd = -1;
+}
+
+static void unlink_own(const struct process *process, const char *suffix) {
+    char name[32];
+    struct text text;
+    text_init(&text, name, sizeof(name));
+    text_add_u64(&text, process->proc);
+    text_add(&text, suffix);
+    unlink(name);
+}
+
+void process_free(struct process *process) {
+    int *fds[] = {&process->in,      &process->out,     &process->err,
+                  &process->console, &process->reports, &process->pidfd};
+    for (size_t i = 0; i < sizeof(fds) / sizeof(fds[0]); i++) {
+        close_fd(fds[i]);
+    }
+    unlink_own(process, ".pid");
+    unlink_own(process, ".tty");
+    free(process->streams[0].window.ring);
+    free(process->streams[1].window.ring);
+    free(process->input.window.ring);
+    process_init(process, 0);
+}
+
+struct process *process_find(struct monitor *monitor, uint32_t proc) {
+    for (size_t i = 0; i < MAX_PROCS; i++) {
+        if (monitor->processes[i].proc == proc) {
+            return &monitor->processes[i];
+        }
+    }
+    return NULL;
+}
+
+/* The start failed: says so, with what the runtime printed, and forgets the process. When hostd went away
+ * meanwhile the process has ended instead, as the next one will see. */
+static void refuse(struct monitor *monitor, struct process *process, int error, const char *fallback) {
+    if (process->start_id == 0) {
+        process->stage = STAGE_ENDED;
+        process->wait_status = (error == ENOENT ? 127 : 126) << 8;
+        process->pid = 0;
+        return;
+    }
+    char text[4096];
+    ssize_t size = process->err >= 0 ? read(process->err, text, sizeof(text)) : 0;
+    while (size > 0 && (text[size - 1] == '\n' || text[size - 1] == ' ')) {
+        size--;
+    }
+    size_t skip = size > TEXT_BYTES ? (size_t)size - TEXT_BYTES : 0;
+    if (size > 0) {
+        reply_refusal(monitor, process->start_id, error, text + skip, (size_t)size - skip);
+    } else {
+        reply_refusal(monitor, process->start_id, error, fallback, strlen(fallback));
+    }
+    process_free(process);
+}
+
+/* The number in the file PROC.pid, 0 when there is none. */
+static pid_t read_pid_file(const struct process *process) {
+    char name[32], digits[24];
+    struct text text;
+    uint64_t value = 0;
+    text_init(&text, name, sizeof(name));
+    text_add_u64(&text, process->proc);
+    text_add(&text, ".pid");
+    int fd = open(name, O_RDONLY | O_CLOEXEC | O_NOFOLLOW);
+    ssize_t size = fd >= 0 ? read(fd, digits, sizeof(digits)) : 0;
+    close_fd(&fd);
+    while (size > 0 && digits[size - 1] == '\n') {
+        size--;
+    }
+    return size > 0 && parse_u64(digits, (size_t)size, &value) && value < INT32_MAX ? (pid_t)value : 0;
+}
+
+/* The terminal that the runtime sends: see "--console-socket" in crun(1). Taken as soon as it comes, so that
+ * a program that asks for its size at once finds it. False while, and when, none came. */
+bool process_take_terminal(struct process *process) {
+    char byte, room[CMSG_SPACE(sizeof(int))];
+    struct iovec data = {&byte, 1};
+    struct msghdr message = {
+        .msg_iov = &data, .msg_iovlen = 1, .msg_control = room, .msg_controllen = sizeof(room)};
+    if (process->out >= 0) {
+        return true;
+    }
+    int peer = process->console >= 0 ? accept4(process->console, NULL, NULL, SOCK_CLOEXEC) : -1;
+    struct timeval patience = {.tv_sec = TERMINAL_DEADLINE_S};
+    if (peer >= 0) {
+        setsockopt(peer, SOL_SOCKET, SO_RCVTIMEO, &patience, sizeof(patience));
+    }
+    ssize_t got = peer >= 0 ? recvmsg(peer, &message, MSG_CMSG_CLOEXEC) : -1;
+    struct cmsghdr *head = got >= 0 ? CMSG_FIRSTHDR(&message) : NULL;
+    if (head != NULL && head->cmsg_type == SCM_RIGHTS && head->cmsg_len == CMSG_LEN(sizeof(int))) {
+        memcpy(&process->out, CMSG_DATA(head), sizeof(int));
+        fcntl(process->out, F_SETFL, O_NONBLOCK);
+        process->in = fcntl(process->out, F_DUPFD_CLOEXEC, 0);
+    }
+    if (peer >= 0) {
+        close_fd(&peer);
+        close_fd(&process->console);
+        unlink_own(process, ".tty");
+    }
+    return process->out >= 0 && process_resize(process, process->rows, process->cols) == 0;
+}
+
+/* The workload runs. */
+static void started(struct monitor *monitor, struct process *process) {
+    process->stage = STAGE_RUNNING;
+    if (process->tty) {
+        close_fd(&process->err);
+        process->streams[1].closed = true;
+    }
+    reply_pid(monitor, process->start_id, process->pid);
+    process->start_id = 0;
+    if (process->doomed) {
+        process_signal(process, SIGKILL);
+    }
+}
+
+static void ended(struct monitor *monitor, struct process *process, int wait_status) {
+    if (process->reports >= 0) {
+        process_report(monitor, process); /* init's last word comes before init's end */
+    }
+    if (process->proc == 0) {
+        return; /* it said that exec failed: refused and forgotten */
+    }
+    if (!process->told) {
+        process->wait_status = wait_status;
+    }
+    process->pid = 0;
+    close_fd(&process->pidfd);
+    close_fd(&process->reports);
+    if (process->stage == STAGE_STARTING) {
+        refuse(monitor, process, EIO, "it ended before it had started");
+        return;
+    }
+    process->stage = STAGE_ENDED;
+}
+
+/* The runtime's command is done: with status 0 the workload's pid is in its file. */
+static void runtime_done(struct monitor *monitor, struct process *process, int wait_status) {
+    process->runtime = 0;
+    if (!WIFEXITED(wait_status) || WEXITSTATUS(wait_status) != 0) {
+        refuse(monitor, process, EIO, "the runtime ended without a word");
+        return;
+    }
+    process->pid = read_pid_file(process);
+    unlink_own(process, ".pid");
+    if (process->pid == 0) {
+        refuse(monitor, process, EIO, "the runtime told no pid");
+        return;
+    }
+    if (process->tty && !process_take_terminal(process)) {
+        kill(process->pid, SIGKILL);
+        refuse(monitor, process, EIO, "the runtime sent no terminal");
+        return;
+    }
+    if (!process->with_init) {
+        started(monitor, process);
+    } else {
+        process_report(monitor, process);
+    }
+    for (size_t i = 0; i < MAX_UNCLAIMED && process->proc != 0; i++) {
+        struct unclaimed *one = &monitor->unclaimed[i];
+        if (one->pid != 0 && one->pid == process->pid) {
+            one->pid = 0;
+            ended(monitor, process, one->wait_status);
+        }
+    }
+}
+
+/* Main's own process: the only child of init at that moment. */
+static int open_main(pid_t init) {
+    char path[64], digits[24];
+    struct text text;
+    uint64_t pid = 0;
+    text_init(&text, path, sizeof(path));
+    text_add(&text, "/proc/");
+    text_add_u64(&text, (uint64_t)init);
+    text_add(&text, "/task/");
+    text_add_u64(&text, (uint64_t)init);
+    text_add(&text, "/children");
+    int fd = open(path, O_RDONLY | O_CLOEXEC);
+    ssize_t size = fd >= 0 ? read(fd, digits, sizeof(digits)) : 0;
+    close_fd(&fd);
+    size_t length = 0;
+    while ((ssize_t)length < size && digits[length] != ' ') {
+        length++;
+    }
+    if (length == 0 || (ssize_t)length == size || !parse_u64(digits, length, &pid) || pid > INT32_MAX) {
+        return -1;
+    }
+    return (int)syscall(SYS_pidfd_open, (pid_t)pid, 0);
+}
+
+void process_report(struct monitor *monitor, struct process *process) {
+    struct report report;
+    ssize_t size;
+    while (process->pid != 0 && (size = read(process->reports, &report, sizeof(report))) != 0) {
+        if (size < 0 && errno == EINTR) {
+            continue;
+        }
+        if (size < 0) {
+            return;
+        }
+        if (size == sizeof(report) && report.kind == REPORT_STARTED && process->stage == STAGE_STARTING) {
+            if (report.value != 0) {
+                int error = report.value < 4096 ? (int)report.value : EIO;
+                const char *why = strerror(error);
+                close_fd(&process->err);
+                refuse(monitor, process, error, why);
+                return;
+            }
+            process->pidfd = open_main(process->pid);
+            started(monitor, process);
+        } else if (size == sizeof(report) && report.kind == REPORT_ENDED && !process->told) {
+            process->told = true;
+            process->wait_status = (int)report.value;
+        }
+    }
+}
+
+void processes_reap(struct monitor *monitor) {
+    int status;
+    pid_t pid;
+    while ((pid = waitpid(-1, &status, WNOHANG)) > 0) {
+        bool claimed = false;
+        for (size_t i = 0; i < MAX_PROCS && !claimed; i++) {
+            struct process *process = &monitor->processes[i];
+            if (process->proc == 0) {
+                continue;
+            }
+            claimed = process->runtime == pid || process->pid == pid;
+            if (process->runtime == pid) {
+                runtime_done(monitor, process, status);
+            } else if (process->pid == pid) {
+                ended(monitor, process, status);
+            }
+        }
+        if (!claimed) {
+            monitor->unclaimed[monitor->next_unclaimed++ % MAX_UNCLAIMED] = (struct unclaimed){pid, status};
+        }
+    }
+}
+
+/* Reads what fits; at the end of the process, what is there is all there will be. */
+static void pump_output(struct output *output, int *fd, bool process_ended) {
+    while (*fd >= 0 && window_room(&output->window) > 0) {
+        uint32_t room;
+        if (output->window.ring == NULL && (output->window.ring = malloc(WINDOW_BYTES)) == NULL) {
+            return;
+        }
+        uint8_t *at = window_space(&output->window, &room);
+        ssize_t size = read(*fd, at, room);
+        if (size > 0) {
+            window_add(&output->window, (uint32_t)size);
+        } else if (size < 0 && errno == EINTR) {
+            continue;
+        } else if (size < 0 && errno == EAGAIN && !process_ended) {
+            return;
+        } else {
+            close_fd(fd);
+        }
+    }
+    output->closed = *fd < 0;
+}
+
+static void pump_input(struct process *process) {
+    struct input *input = &process->input;
+    while (process->in >= 0 && input->window.held > 0) {
+        uint32_t size;
+        const uint8_t *at = window_at(&input->window, input->window.base, &size);
+        ssize_t done = write(process->in, at, size);
+        if (done > 0) {
+            window_drop(&input->window, (uint32_t)done);
+        } else if (done < 0 && errno == EINTR) {
+            continue;
+        } else if (done < 0 && errno == EAGAIN) {
+            return;
+        } else {
+            close_fd(&process->in);
+        }
+    }
+    if (process->in >= 0 && input->end_taken && input->window.held == 0) {
+        if (process->tty && write(process->in, &END_OF_INPUT, 1) < 0 && errno == EAGAIN) {
+            return;
+        }
+        close_fd(&process->in);
+    }
+    if (process->in < 0 && process->stage != STAGE_STARTING) {
+        input_drop(input);
+    }
+}
+
+void process_pump(struct process *process) {
+    bool over = process->stage == STAGE_ENDED;
+    if (process->stage == STAGE_STARTING) {
+        return;
+    }
+    pump_output(&process->streams[0], &process->out, over);
+    pump_output(&process->streams[1], &process->err, over);
+    if (over || (process->tty && process->out < 0)) {
+        close_fd(&process->in);
+    }
+    pump_input(process);
+}
+
+int process_signal(struct process *process, int signo) {
+    if (process->stage == STAGE_STARTING && signo == SIGKILL) {
+        process->doomed = true;
+        return 0;
+    }
+    if (process->pid == 0 || process->stage != STAGE_RUNNING) {
+        return ESRCH;
+    }
+    if (process->pidfd >= 0) {
+        return syscall(SYS_pidfd_send_signal, process->pidfd, signo, NULL, 0) < 0 ? errno : 0;
+    }
+    return kill(process->pid, signo) < 0 ? errno : 0;
+}
+
+int process_resize(const struct process *process, uint16_t rows, uint16_t cols) {
+    struct winsize size = {.ws_row = rows, .ws_col = cols};
+    if (!process->tty || process->out < 0) {
+        return process->stage == STAGE_ENDED ? ESRCH : ENOTTY;
+    }
+    return ioctl(process->out, TIOCSWINSZ, &size) < 0 ? errno : 0;
+}
