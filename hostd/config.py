@@ -1,0 +1,106 @@
+"""hostd's configuration file (TOML), parsed once, strictly: an unknown key is an error that names it.
+
+host, state_dir, run_dir, listen, controlplane, tls_ca, tls_cert, tls_key     required
+driver = "qemu" | "fake"            fake: sandboxes that exist in memory only (hostd/drivers/fake.py)
+accel = "auto" | "kvm" | "tcg"      memory_reserve_mib   disk_reserve_mib
+cache_dir                           packages and probe verdicts, shared by all hostds of a machine
+cgroup = "sandloom"                 the folder for its sandboxes' cgroups; hostds of one machine have one each
+boot_deadline_s                     how long a guest may take to its agent's first answer
+"""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from dataclasses import MISSING, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from controlplane.api.identity import NAME_PATTERN
+from hostd.cgroups import SLICE
+from hostd.errors import ConfigError
+
+DRIVERS = ("qemu", "fake")
+ACCELS = ("auto", "kvm", "tcg")
+_CGROUP = re.compile(r"[a-z0-9][a-z0-9.-]{0,63}")
+_ADDRESS = re.compile(r"(\[[0-9a-fA-F:]+\]|[^\s:]+):[0-9]{1,5}")
+
+
+@dataclass(frozen=True)
+class Config:
+    """All a hostd needs to know before it starts."""
+
+    host: str
+    state_dir: Path
+    run_dir: Path
+    listen: str
+    controlplane: str
+    tls_ca: Path
+    tls_cert: Path
+    tls_key: Path
+    driver: str = "qemu"
+    accel: str = "auto"
+    memory_reserve_mib: int = 512
+    disk_reserve_mib: int = 512
+    cache_dir: Path = Path("/var/cache/sandloom")
+    cgroup: str = SLICE
+    boot_deadline_s: float = 120.0
+
+    def __post_init__(self) -> None:
+        for key, value, choices in (("driver", self.driver, DRIVERS), ("accel", self.accel, ACCELS)):
+            if value not in choices:
+                raise ConfigError(f"{key} {value!r}: choose one of {', '.join(choices)}")
+        if not NAME_PATTERN.fullmatch(self.host):
+            raise ConfigError(f"host {self.host!r} is no name for a host: use a-z, 0-9 and dashes, at most 63")
+        if not _CGROUP.fullmatch(self.cgroup):
+            raise ConfigError(f"cgroup {self.cgroup!r}: use a-z, 0-9, dashes and dots, at most 64")
+        for key, address in (("listen", self.listen), ("controlplane", self.controlplane)):
+            if not _ADDRESS.fullmatch(address):
+                raise ConfigError(f"{key} {address!r} is not HOST:PORT")
+        if not 0 < self.boot_deadline_s <= 3600:
+            raise ConfigError(f"boot_deadline_s {self.boot_deadline_s} is outside 0..3600 seconds")
+        # 107 bytes is all a unix socket's path may have (unix(7)); the longest is RUN/UID/agent.sock.
+        if len(str(self.run_dir)) > 107 - 40:
+            raise ConfigError(f"run_dir {self.run_dir} is too long for unix sockets below it: 67 bytes at most")
+
+
+def parse(values: dict[str, Any], source: str) -> Config:
+    """A Config from TOML's values. ConfigError names the key and `source`."""
+    known = {field.name: field for field in fields(Config)}
+    for key in values:
+        if key not in known:
+            raise ConfigError(f"{source}: unknown key {key!r}; known are {', '.join(known)}")
+    parsed: dict[str, Any] = {}
+    for name, field in known.items():
+        if name not in values:
+            if field.default is MISSING:
+                raise ConfigError(f"{source}: {name} is missing")
+            continue
+        parsed[name] = _typed(name, str(field.type), values[name], source)
+    try:
+        return Config(**parsed)
+    except ConfigError as error:
+        raise ConfigError(f"{source}: {error}") from error
+
+
+def _typed(name: str, kind: str, value: Any, source: str) -> Any:
+    if kind == "Path" and isinstance(value, str):
+        return Path(value)
+    if kind == "float" and isinstance(value, int | float) and not isinstance(value, bool):
+        return float(value)
+    if kind == "int" and isinstance(value, int) and not isinstance(value, bool) and value >= 0:
+        return value
+    if kind == "str" and isinstance(value, str):
+        return value
+    raise ConfigError(f"{source}: {name} = {value!r} is not a valid {kind}")
+
+
+def load(path: Path) -> Config:
+    """Reads and parses `path`. ConfigError when it cannot be read or is not right."""
+    try:
+        values = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: is not TOML: {error}") from error
+    return parse(values, str(path))

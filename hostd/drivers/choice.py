@@ -1,0 +1,81 @@
+"""Which driver this host runs, made ready: what the configuration asks for, and what the host can do.
+
+The guest-kernel driver needs cgroups, a guest kernel in the store and an accelerator's verdict, all of which may take
+seconds the first time; the fake driver needs nothing.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from contextlib import AsyncExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+from hostd import guestkernel
+from hostd.cgroups import Hierarchy
+from hostd.config import Config
+from hostd.drivers.contract import Driver
+from hostd.drivers.fake import FakeDriver
+from hostd.drivers.qemu.accel import TCG_NOTE, cpu_identity, decide, qemu_version
+from hostd.drivers.qemu.cloning import Cloner
+from hostd.drivers.qemu.command import GuestShape
+from hostd.drivers.qemu.driver import QemuDriver
+from hostd.drivers.qemu.plan import GuestKernel
+from hostd.drivers.qemu.template import GuestIdentity
+from hostd.drivers.qemu.templates import Tell, Templates
+from hostd.drivers.qemu.vmm import Vmms
+from hostd.spec import MIN_BASE_RAM_MIB, MemoryShape
+from sharedcache.store import Store
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """A driver and what the host tells of it."""
+
+    driver: Driver
+    accel: str
+    why: str
+    isolation_note: str = ""
+    guest_kernel_version: str = ""
+    qemu_version: str = ""
+    cgroup_version: str = ""
+
+
+FAKE_NOTE = "the fake driver runs nothing: sandboxes exist in memory only"
+
+
+async def choose(config: Config, store: Store, tell: Tell, stack: AsyncExitStack) -> Chosen:
+    """The configured driver; what it owns is closed by `stack`. `tell` takes what it has for the event log.
+
+    ConfigError, KernelMissing and AgentMissing say what the host lacks."""
+    if config.driver == "fake":
+        return Chosen(FakeDriver(), "fake", "configured", isolation_note=FAKE_NOTE)
+    return await _qemu(config, store, tell, stack)
+
+
+async def _qemu(config: Config, store: Store, tell: Tell, stack: AsyncExitStack) -> Chosen:
+    cgroups = Hierarchy.probe(name=config.cgroup)
+    await asyncio.to_thread(cgroups.prepare)
+    stack.callback(cgroups.retire)
+    kernel = await asyncio.to_thread(guestkernel.prepare, store, config.state_dir, config.cache_dir)
+    verdict = await decide(config.accel, _probe_shape(kernel), kernel.version, config.cache_dir)
+    templates = await stack.enter_async_context(Templates(store, tell))
+    version = await asyncio.to_thread(qemu_version)
+    identity = GuestIdentity(kernel.digest, kernel.initrd_digest, version, cpu_identity(verdict.accel))
+    vmms = Vmms(cgroups, config.boot_deadline_s)
+    cloner = Cloner(templates, kernel, identity, verdict.accel, vmms, config.run_dir)
+    await asyncio.to_thread(cloner.sweep)
+    return Chosen(
+        QemuDriver(kernel, verdict.accel, cgroups, boot_deadline_s=config.boot_deadline_s, cloner=cloner),
+        accel=verdict.accel,
+        why=verdict.why,
+        isolation_note=TCG_NOTE if verdict.accel == "tcg" else "",
+        guest_kernel_version=kernel.version,
+        qemu_version=version,
+        cgroup_version=f"v{cgroups.version}",
+    )
+
+
+def _probe_shape(kernel: GuestKernel) -> GuestShape:
+    memory = MemoryShape(MIN_BASE_RAM_MIB, 0)
+    return GuestShape("probe", Path("/nonexistent"), kernel.vmlinuz, kernel.initrd, "kvm", 1, memory)

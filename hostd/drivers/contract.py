@@ -1,0 +1,169 @@
+"""What every engine offers hostd: start, adopt, talk to processes, resize, measure, end. One contract for all.
+
+A driver makes an `Engine` (a running kernel with its agent); the sandbox's owner (hostd/sandbox.py) drives it. Every
+implementation passes tests/contract/driver_suite.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from hostd.journal import Handle
+from hostd.spec import Command, Resources, SandboxSpec
+
+
+@dataclass(frozen=True)
+class LayerFile:
+    """One image layer on this host: a read-only EROFS blob."""
+
+    path: Path
+    size_bytes: int
+    volume_uuid: bytes
+    gid: int  # the group that may read it: its sharing domain's
+
+
+@dataclass(frozen=True)
+class StartPlan:
+    """All an engine needs to start one sandbox. For adopt `layers` is empty: what runs has them."""
+
+    spec: SandboxSpec
+    layers: tuple[LayerFile, ...]  # lowest first
+    vm_uid: int
+    folder: Path  # private, made by the engine, goes with it
+
+
+@dataclass(frozen=True)
+class Exit:
+    """How a process ended. `code` is 128+signal when a signal did it."""
+
+    code: int
+    signal: int = 0
+
+
+@dataclass(frozen=True)
+class OutputPiece:
+    """Bytes of a process's stream 1 (stdout, tty) or 2 (stderr)."""
+
+    stream: int
+    data: bytes
+
+
+@dataclass(frozen=True)
+class Loss:
+    """Why an engine is lost: `reason` is VmmExited or AgentLost, `message` is for people."""
+
+    reason: str
+    message: str
+
+
+@dataclass(frozen=True)
+class MemoryNow:
+    """What the guest has: plugged in all, and what its kernel calls available."""
+
+    actual_mib: int
+    available_mib: int
+
+
+@dataclass(frozen=True)
+class Region:
+    """A part of an engine's address space, for the ledger: kind is "ram", "layer" or "vmm"."""
+
+    kind: str
+    pid: int
+    start: int
+    end: int
+    resident_kib: int
+
+
+class ProcessLink(Protocol):
+    """A process in a sandbox, as hostd holds it. One consumer of output(), one writer."""
+
+    def output(self) -> AsyncIterator[OutputPiece]:
+        """Its output, once, each stream in order; a piece counts as held by the host when the next one is asked
+        for. Ends with the process, or when the engine is lost."""
+        ...
+
+    async def wait(self) -> Exit:
+        """How it ended; SandboxGone or AgentLost when that can no longer be learnt."""
+        ...
+
+    async def write(self, data: bytes) -> None:
+        """Sends standard input; returns when all is sent. Bytes to a closed stdin are dropped."""
+        ...
+
+    async def close_stdin(self) -> None:
+        """End of standard input."""
+        ...
+
+    async def signal(self, signo: int) -> None:
+        """Delivers a signal; nothing happens when the process has ended. InvalidSpec for no signal's number."""
+        ...
+
+    async def resize_tty(self, rows: int, cols: int) -> None:
+        """Tells its terminal's size."""
+        ...
+
+    async def release(self) -> None:
+        """Frees what the engine keeps for an ended process."""
+        ...
+
+
+class Engine(Protocol):
+    """A running kernel with its agent, and one sandbox in it."""
+
+    handle: Handle
+    start_phases: tuple[tuple[str, float], ...]  # (name, seconds) of vmm, kernel, agent
+    origin: str  # how it came up, for people; "" when there is but one way
+
+    async def wait_gone(self) -> Loss:
+        """Returns as soon as the engine's process is gone or its agent lost."""
+        ...
+
+    async def spawn(self, command: Command, *, main: bool) -> ProcessLink:
+        """Starts a process; exactly one is main. CommandFailed when it cannot be run, InvalidSpec when it is asked
+        for in a way that no engine could serve. Cancelled: whatever may have been started is ended."""
+        ...
+
+    def resume(self) -> ProcessLink | None:
+        """After adopt: the main process, its output going on from the offsets given there; None when there is none.
+        Every other process is ended: whoever had started it is gone."""
+        ...
+
+    async def resize(self, resources: Resources) -> None:
+        """Sets targets for memory and CPU and returns when the engine accepted them, not when they are reached.
+        Idempotent. ControlLost when the engine does not take them."""
+        ...
+
+    async def memory(self) -> MemoryNow:
+        """Asks the engine and its guest."""
+        ...
+
+    async def regions(self) -> list[Region]:
+        """Its address space now, from the host's page tables."""
+        ...
+
+    async def detach(self) -> None:
+        """Lets go of a running engine without ending it (hostd stops)."""
+        ...
+
+
+class Driver(Protocol):
+    """Makes engines, and cleans up after them."""
+
+    async def start(self, plan: StartPlan, made: Callable[[Handle], None]) -> Engine:
+        """Boots a kernel and its agent up to CONFIGURE. `made` is called as soon as a process exists, before it
+        can matter. On any error nothing of it is left."""
+        ...
+
+    async def adopt(self, plan: StartPlan, handle: Handle, offsets: dict[int, int]) -> Engine | None:
+        """Takes over a running engine after hostd's restart; None when it is gone. `offsets` is how much of each
+        stream of the main process this host has recorded."""
+        ...
+
+    async def destroy(self, uid: str, folder: Path, handle: Handle | None) -> None:
+        """Ends whatever runs for sandbox `uid` and removes directory, sockets and cgroup; also without a handle.
+        Idempotent. HostdError when something of it stays; call again."""
+        ...

@@ -1,0 +1,212 @@
+"""A driver whose sandboxes exist in memory only: for tests, and for simulating hundreds of hosts on one machine.
+
+Promise: it keeps hostd.drivers.contract as the real drivers do (one contract suite runs over all of them), with
+programs that are coroutines (hostd/drivers/fakeprograms.py) and memory that is a number. Machines belong to the
+driver, not to an engine: what one hostd lets go of another that is given the same driver adopts. A process that ends
+takes its machines with it, as a host does that loses power.
+
+Faults come on demand: `faults` for what a driver may refuse, `crash` and `lose_agent` for what happens to a machine.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from hostd.drivers.contract import Driver, Engine, Exit, Loss, MemoryNow, ProcessLink, Region, StartPlan
+from hostd.drivers.fakemachine import MAIN, SIGKILL, FakeLink, FakeProcess, Machine, acknowledge, run
+from hostd.drivers.fakeprograms import PROGRAMS, Program, Terminal
+from hostd.errors import AgentLost, CommandFailed, ControlLost, HostdError, InvalidSpec
+from hostd.journal import Handle
+from hostd.spec import Command, MemoryShape, Resources, memory_shape
+
+FIRST_PID = 1 << 22
+"""Above every pid that Linux gives (PID_MAX_LIMIT), so that nothing real is ever meant."""
+
+FAKE_BASE_USE_MIB = 48
+
+
+@dataclass
+class Faults:
+    """What goes wrong, until it is set back. Seconds are the running loop's."""
+
+    boot_s: float = 0.0
+    start: HostdError | None = None  # raised instead of starting
+    adopt: HostdError | None = None
+    spawn: HostdError | None = None
+    control: HostdError | None = None  # resize and memory fail with it
+    destroy: HostdError | None = None
+    follow_s: float = 0.0  # how long a guest takes to follow a resize
+    most_mib: int | None = None  # what a guest plugs at most, whatever is asked
+    least_mib: int | None = None  # what a guest keeps at least
+
+
+class FakeDriver:
+    """Implements hostd.drivers.contract.Driver."""
+
+    def __init__(self, programs: Mapping[str, Program] = PROGRAMS, *, accel: str = "fake") -> None:
+        self.programs, self.accel = programs, accel
+        self.faults = Faults()
+        self.machines: dict[str, Machine] = {}
+        self.starts = 0
+        self._pids = itertools.count(FIRST_PID)
+
+    async def start(self, plan: StartPlan, made: Callable[[Handle], None]) -> Engine:
+        """See Driver.start."""
+        shape = memory_shape(plan.spec.resources, sum(layer.size_bytes for layer in plan.layers))
+        resources = plan.spec.resources
+        self.starts += 1
+        try:
+            handle = Handle(
+                next(self._pids),
+                self.starts,
+                plan.vm_uid,
+                self.accel,
+                shape.base_mib,
+                shape.elastic_mib,
+                resources.vcpus,
+            )
+            machine = Machine(plan.spec.uid, handle, resources, asyncio.get_running_loop().create_future())
+            machine.actual_mib = shape.base_mib + shape.requested_mib(resources.memory_mib)
+            self.machines[plan.spec.uid] = machine
+            made(handle)
+            await asyncio.sleep(self.faults.boot_s)
+            if self.faults.start is not None:
+                raise self.faults.start
+            if machine.lost.done():
+                raise HostdError(machine.lost.result().message, reason=machine.lost.result().reason)
+        except BaseException:
+            await self._end(plan.spec.uid, "the start was given up")
+            raise
+        return FakeEngine(self, machine, (("vmm", 0.0), ("kernel", self.faults.boot_s), ("agent", 0.0)))
+
+    async def adopt(self, plan: StartPlan, handle: Handle, offsets: dict[int, int]) -> Engine | None:
+        """See Driver.adopt."""
+        machine = self.machines.get(plan.spec.uid)
+        if machine is None or machine.handle != handle or machine.lost.done():
+            return None
+        if self.faults.adopt is not None:
+            raise self.faults.adopt
+        main = machine.processes.get(MAIN)
+        if main is not None:
+            acknowledge(main.terminal, offsets)
+        return FakeEngine(self, machine)
+
+    async def destroy(self, uid: str, folder: Path, handle: Handle | None) -> None:
+        """See Driver.destroy."""
+        if self.faults.destroy is not None:
+            raise self.faults.destroy
+        await self._end(uid, "it was destroyed")
+
+    async def _end(self, uid: str, why: str) -> None:
+        machine = self.machines.pop(uid, None)
+        if machine is None:
+            return
+        machine.lose(Loss("VmmExited", why))
+        running = [process.task for process in machine.processes.values() if process.task is not None]
+        if running:
+            await asyncio.wait(running)
+
+    # What befalls a machine.
+
+    def crash(self, uid: str, why: str = "signal SIGKILL ended it") -> None:
+        """The engine's process dies."""
+        self.machines[uid].lose(Loss("VmmExited", f"the fake VMM is gone: {why}"))
+
+    def lose_agent(self, uid: str, why: str = "agent broke the protocol") -> None:
+        """The agent breaks its contract."""
+        self.machines[uid].lose(Loss("AgentLost", f"the agent is lost: {why}"))
+
+
+class FakeEngine:
+    """Implements hostd.drivers.contract.Engine."""
+
+    def __init__(self, driver: FakeDriver, machine: Machine, start_phases: tuple[tuple[str, float], ...] = ()) -> None:
+        self._driver, self._machine = driver, machine
+        self.handle, self.start_phases, self.origin = machine.handle, start_phases, ""
+        self._shape = MemoryShape(self.handle.base_mib, self.handle.elastic_mib)
+        self._links: list[FakeLink] = []
+
+    async def wait_gone(self) -> Loss:
+        """See Engine.wait_gone."""
+        return await asyncio.shield(self._machine.lost)
+
+    async def spawn(self, command: Command, *, main: bool) -> ProcessLink:
+        """See Engine.spawn."""
+        self._require_alive()
+        if self._driver.faults.spawn is not None:
+            raise self._driver.faults.spawn
+        if not command.workdir.startswith("/") or any("\0" in word for word in command.argv):
+            raise InvalidSpec(f"{command.argv[0]}: workdir {command.workdir!r} is not absolute, or argv has a NUL byte")
+        name = command.argv[0]
+        program = self._driver.programs.get(name.rsplit("/", 1)[-1])
+        if program is None:
+            code, problem = (126, "permission denied") if name.startswith("/") else (127, "command not found")
+            raise CommandFailed(f"{name}: {problem}", code)
+        machine = self._machine
+        number = MAIN if main else next(machine.numbers)
+        process = FakeProcess(number, Terminal(command, self._use), asyncio.get_running_loop().create_future())
+        machine.processes[number] = process
+        process.task = asyncio.create_task(run(machine, process, program), name=f"fake {machine.uid} {name}")
+        return self._link(process)
+
+    def _use(self, mib: int) -> None:
+        self._machine.used_mib += mib
+
+    def _link(self, process: FakeProcess) -> FakeLink:
+        link = FakeLink(self._machine, process)
+        self._links.append(link)
+        return link
+
+    def resume(self) -> ProcessLink | None:
+        """See Engine.resume."""
+        for process in [*self._machine.processes.values()]:
+            if process.number != MAIN:
+                process.end(Exit(128 + SIGKILL, SIGKILL))
+                del self._machine.processes[process.number]
+        main = self._machine.processes.get(MAIN)
+        return None if main is None else self._link(main)
+
+    async def resize(self, resources: Resources) -> None:
+        """See Engine.resize."""
+        self._require_control()
+        if resources != self._machine.resources:
+            self._machine.resources = resources
+            self._machine.asked_at_s = asyncio.get_running_loop().time()
+
+    async def memory(self) -> MemoryNow:
+        """See Engine.memory."""
+        self._require_control()
+        machine, faults = self._machine, self._driver.faults
+        if asyncio.get_running_loop().time() - machine.asked_at_s >= faults.follow_s:
+            wanted = self._shape.base_mib + self._shape.requested_mib(machine.resources.memory_mib)
+            most = wanted if faults.most_mib is None else min(wanted, faults.most_mib)
+            machine.actual_mib = most if faults.least_mib is None else max(most, faults.least_mib)
+        used_mib = min(machine.actual_mib, FAKE_BASE_USE_MIB + machine.used_mib)
+        return MemoryNow(machine.actual_mib, machine.actual_mib - used_mib)
+
+    async def regions(self) -> list[Region]:
+        """See Engine.regions. No page of the host belongs to it."""
+        return []
+
+    async def detach(self) -> None:
+        """See Engine.detach."""
+        for link in self._links:
+            link.cut()
+        self._links.clear()
+
+    def _require_alive(self) -> None:
+        if self._machine.lost.done():
+            raise AgentLost(self._machine.lost.result().message)
+
+    def _require_control(self) -> None:
+        if self._driver.faults.control is not None:
+            raise self._driver.faults.control
+        if self._machine.lost.done():
+            raise ControlLost(self._machine.lost.result().message)
+
+
+_: type[Driver] = FakeDriver  # the contract, checked by the type checker

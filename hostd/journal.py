@@ -1,0 +1,173 @@
+"""The journal: what this host has promised and made, on disk before it acts, so that a restart can take over.
+
+    STATE/sandboxes/<uid>/record.json     one Record, replaced atomically (write, fsync, rename, fsync dir)
+    STATE/sandboxes/<uid>/log[.1]         the main process's output (hostd/logs.py)
+
+A record is written before the thing it names is made and after it is gone. Values are plain JSON, schema 1.
+`outcome` is written before the engine is ended, so that a crash in between does not lose how the sandbox ended.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hostd.errors import InvalidSpec, JournalError
+from hostd.lifecycle import Phase
+from hostd.spec import Command, DesiredState, ProcessSpec, Resources, SandboxSpec
+
+SCHEMA = 1
+
+
+@dataclass(frozen=True)
+class Handle:
+    """What finds a running engine again: pid with its start time (clock ticks since boot), and what it was given."""
+
+    pid: int
+    start_ticks: int
+    vm_uid: int
+    accel: str
+    base_mib: int
+    elastic_mib: int
+    vcpus: int
+    template: str = ""  # the key of what it was cloned from
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a sandbox ends: the phase to come (EXITED or FAILED) and what is told with it."""
+
+    phase: Phase
+    reason: str
+    message: str
+    exit_code: int | None = None
+
+
+@dataclass(frozen=True)
+class Record:
+    """All this host knows of one sandbox."""
+
+    spec: SandboxSpec
+    phase: Phase = Phase.ASSIGNED
+    command: Command | None = None  # the main process, as started
+    outcome: Outcome | None = None  # decided, but the engine may not be gone yet
+    reason: str = ""
+    message: str = ""
+    exit_code: int | None = None
+    handle: Handle | None = None
+    vm_uid: int | None = None
+    started_at_s: float | None = None
+    finished_at_s: float | None = None
+    start_phases: tuple[tuple[str, float], ...] = ()
+    origin: str = ""  # how its engine came up
+    adoptions: int = 0
+
+
+def encode(record: Record) -> bytes:
+    """A record as JSON."""
+    values = dataclasses.asdict(record)
+    values["phase"] = record.phase.value
+    values["spec"]["desired"] = record.spec.desired.value
+    if record.outcome is not None:
+        values["outcome"]["phase"] = record.outcome.phase.value
+    return json.dumps({"schema": SCHEMA, "record": values}, sort_keys=True).encode()
+
+
+def decode(data: bytes, source: str) -> Record:
+    """The record in `data`. JournalError names `source` when it is not one."""
+    try:
+        document = json.loads(data)
+        if document["schema"] != SCHEMA:
+            raise ValueError(f"schema {document['schema']}, this hostd reads {SCHEMA}")
+        return _record(document["record"])
+    except (ValueError, KeyError, TypeError, AttributeError, InvalidSpec) as error:
+        raise JournalError(f"{source}: not a sandbox record ({error}); move it away to go on without it") from error
+
+
+def _record(values: dict[str, Any]) -> Record:
+    handle, command, outcome = values.pop("handle"), values.pop("command"), values.pop("outcome")
+    if outcome is not None:
+        outcome = Outcome(Phase(outcome.pop("phase")), **outcome)
+    return Record(
+        spec=_spec(values.pop("spec")),
+        phase=Phase(values.pop("phase")),
+        handle=Handle(**handle) if handle else None,
+        command=Command(**_tuples(command)) if command else None,
+        outcome=outcome,
+        start_phases=tuple((n, s) for n, s in values.pop("start_phases")),
+        **values,
+    )
+
+
+def _spec(values: dict[str, Any]) -> SandboxSpec:
+    return SandboxSpec(
+        resources=Resources(**values.pop("resources")),
+        process=ProcessSpec(**_tuples(values.pop("process"))),
+        desired=DesiredState(values.pop("desired")),
+        **values,
+    )
+
+
+def _tuples(values: dict[str, Any]) -> dict[str, Any]:
+    """JSON has lists where our values have tuples."""
+    return {**values, "argv": tuple(values["argv"]), "env": tuple((k, v) for k, v in values["env"])}
+
+
+class Journal:
+    """The folder of records. One hostd at a time (the state directory's lock guards it)."""
+
+    def __init__(self, state_dir: Path) -> None:
+        self.root = state_dir / "sandboxes"
+        self.root.mkdir(parents=True, exist_ok=True, mode=0o700)
+
+    def folder(self, uid: str) -> Path:
+        """Where one sandbox's record and log live."""
+        return self.root / uid
+
+    def write(self, record: Record) -> None:
+        """Makes `record` durable: afterwards it, or a later one, is what a restart finds."""
+        folder = self.folder(record.spec.uid)
+        if not folder.exists():
+            folder.mkdir(mode=0o700)
+            _sync(self.root)
+        temporary = folder / "record.tmp"
+        with temporary.open("wb") as file:
+            file.write(encode(record))
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.rename(folder / "record.json")
+        _sync(folder)
+
+    def records(self) -> Iterator[Record]:
+        """All records; a folder without one (a crash before its first write) is removed."""
+        for folder in sorted(self.root.iterdir()):
+            path = folder / "record.json"
+            if path.exists():
+                yield decode(path.read_bytes(), str(path))
+            elif folder.is_dir():
+                shutil.rmtree(folder)
+
+    def remove(self, uid: str) -> None:
+        """Forgets a sandbox, record last, so that a crash half way is finished after a restart."""
+        folder = self.folder(uid)
+        if not folder.exists():
+            return
+        for path in folder.iterdir():
+            if path.name != "record.json":
+                path.unlink()
+        (folder / "record.json").unlink(missing_ok=True)
+        folder.rmdir()
+
+
+def _sync(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

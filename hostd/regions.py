@@ -1,0 +1,26 @@
+"""An engine's address space cut into guest RAM, image layers and the VMM itself, from /proc/PID/smaps."""
+
+from __future__ import annotations
+
+from hostd.drivers.contract import Region
+from native import _dax
+
+RAM_PREFIXES = ("/memfd:memory-backend-memfd", "/memfd:sandloom-template")
+LAYER_SUFFIX = "/blob"
+
+
+def kind_of(path: str) -> str:
+    """What a mapping of `path` is: guest RAM is in named memfds (QEMU's own, or a template's), layers are the store's
+    blobs."""
+    if path.startswith(RAM_PREFIXES):
+        return "ram"
+    return "layer" if path.endswith(LAYER_SUFFIX) else "vmm"
+
+
+def regions_of(pid: int) -> list[Region]:
+    """The mappings of `pid` that have resident pages. Empty when the process is gone."""
+    try:
+        mappings = _dax.smaps(pid)
+    except (ProcessLookupError, FileNotFoundError):
+        return []
+    return [Region(kind_of(each.path), pid, each.start, each.end, each.rss_kib) for each in mappings if each.rss_kib]

@@ -1,0 +1,244 @@
+"""All sandboxes of this host: takes assignments, owns one task each, takes over after a restart, reports.
+
+    control plane's list and watch ──assign/unassign/listed──► Sandboxes ──Report──► reporter (hostd/register.py)
+
+Level-triggered: what is assigned is the whole truth; a sandbox that the control plane no longer knows is removed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import psutil
+
+from hostd import images
+from hostd.admission import HostNow, admit
+from hostd.command import resolve
+from hostd.config import Config
+from hostd.drivers.contract import Driver, LayerFile
+from hostd.errors import HostdError, SandboxGone
+from hostd.journal import Journal, Record
+from hostd.lifecycle import Phase
+from hostd.resize import ResizeProgress
+from hostd.sandbox import Sandbox
+from hostd.spec import Command, DesiredState, Resources, SandboxSpec
+from sharedcache.images import ImageConfig
+from sharedcache.store import Store
+
+log = logging.getLogger("sandloom.hostd.sandboxes")
+
+FIRST_VM_UID = 200_000
+LAST_VM_UID = 265_535
+STARTS_PER_CPU = 2
+HOLDS_MEMORY = frozenset({Phase.STARTING, Phase.RUNNING, Phase.STOPPING})
+IMPORT_PREFIX = ".import-"
+"""Spooled uploads, below the state directory; what a crash left of them goes at the next start."""
+
+
+@dataclass(frozen=True)
+class Report:
+    """What the control plane is told of a sandbox."""
+
+    record: Record
+    resize: ResizeProgress | None
+    removed: bool = False
+
+
+@dataclass(frozen=True)
+class Happened:
+    """An entry for the event log."""
+
+    subject: str
+    reason: str
+    message: str
+    time_s: float
+    kind: str = "sandbox"
+
+
+@dataclass(frozen=True)
+class ImageInUse:
+    """An image as a sandbox uses it."""
+
+    layers: tuple[LayerFile, ...]
+    config: ImageConfig
+
+    def command(self, spec: SandboxSpec) -> Command:
+        """The main process."""
+        config = self.config
+        return resolve(
+            spec.process,
+            entrypoint=config.entrypoint,
+            cmd=config.cmd,
+            env=config.env,
+            workdir=config.workdir,
+            user=config.user,
+            hostname=spec.hostname,
+        )
+
+
+class Sandboxes:
+    """Implements hostd.sandbox.Host. Use run() as the owner of all sandboxes' tasks."""
+
+    def __init__(
+        self,
+        config: Config,
+        store: Store,
+        driver: Driver,
+        *,
+        report: Callable[[Report], None],
+        happened: Callable[[Happened], None],
+        now_s: Callable[[], float] = time.time,
+        now_ns: Callable[[], int] = time.time_ns,
+    ) -> None:
+        self.config, self.store, self.driver = config, store, driver
+        self.run_dir: Path = config.run_dir
+        self.journal = Journal(config.state_dir)
+        self.now_s, self.now_ns = now_s, now_ns
+        self._report, self._happened = report, happened
+        self._slots = asyncio.Semaphore(STARTS_PER_CPU * (os.cpu_count() or 1))
+        self._sandboxes: dict[str, Sandbox] = {}
+        self._claimed: set[int] = set()
+        self._group: asyncio.TaskGroup | None = None
+        self.ready = asyncio.Event()
+
+    async def run(self) -> None:
+        """Takes over what the journal names (then `ready` is set), then owns every sandbox's task until cancelled."""
+        records = await self._recover()
+        async with asyncio.TaskGroup() as group:
+            self._group = group
+            for record in records:
+                self._begin(record)
+            self.ready.set()
+            await asyncio.Event().wait()
+
+    async def _recover(self) -> list[Record]:
+        records = await asyncio.to_thread(lambda: list(self.journal.records()))
+        known = {record.spec.uid for record in records}
+        self.run_dir.mkdir(parents=True, exist_ok=True, mode=0o711)
+        for folder in sorted(self.run_dir.iterdir()):  # its record was moved away, or a crash came before it
+            if folder.is_dir() and folder.name not in known:
+                log.warning("%s belongs to no record: what runs there is ended", folder)
+                await self.driver.destroy(folder.name, folder, None)
+        for folder in self.config.state_dir.glob(f"{IMPORT_PREFIX}*"):
+            await asyncio.to_thread(shutil.rmtree, folder, ignore_errors=True)
+        return records
+
+    def _begin(self, record: Record) -> None:
+        assert self._group is not None, "run() comes first"
+        sandbox = Sandbox(record, self)
+        self._sandboxes[record.spec.uid] = sandbox
+        if record.vm_uid is not None:
+            self._claimed.add(record.vm_uid)
+        self._group.create_task(self._own(sandbox), name=f"sandbox {record.spec.name}")
+
+    async def _own(self, sandbox: Sandbox) -> None:
+        try:
+            await sandbox.run()
+        except Exception as error:  # its own defect must not take the other sandboxes' tasks with it
+            log.exception("sandbox %s: its task ended early", sandbox.spec.name)
+            self.event(sandbox, "Abandoned", f"its task ended early, restart hostd: {type(error).__name__}: {error}")
+
+    # What the control plane says.
+
+    def assign(self, spec: SandboxSpec) -> None:
+        """The sandbox is (still) assigned here, like this. Only once `ready` is set."""
+        known = self._sandboxes.get(spec.uid)
+        if known is not None:
+            known.want(spec)
+            self.changed(known)
+            return
+        if spec.desired is DesiredState.REMOVED:
+            self._report(Report(Record(spec), None, removed=True))
+            return
+        record = Record(spec)
+        self.journal.write(record)
+        self._begin(record)
+
+    def unassign(self, uid: str) -> None:
+        """The control plane knows it no more: let go of everything it has. Unknown is fine."""
+        known = self._sandboxes.get(uid)
+        if known is not None:
+            known.want(replace(known.spec, desired=DesiredState.REMOVED))
+
+    def listed(self, uids: set[str]) -> None:
+        """The list of assignments is complete: what is not on it is removed."""
+        for uid in set(self._sandboxes) - uids:
+            self.unassign(uid)
+
+    def knows(self, uid: str) -> bool:
+        """Whether this host holds anything for it."""
+        return uid in self._sandboxes
+
+    # For service and ledger.
+
+    def find(self, uid: str) -> Sandbox:
+        """The sandbox. SandboxGone when there is none."""
+        if uid not in self._sandboxes:
+            raise SandboxGone(f"no sandbox {uid} on this host")
+        return self._sandboxes[uid]
+
+    def all(self) -> list[Sandbox]:
+        """Every sandbox that this host holds anything for."""
+        return list(self._sandboxes.values())
+
+    def live_resources(self, *, but: str = "") -> list[Resources]:
+        """What running and starting sandboxes are guaranteed."""
+        return [s.spec.resources for s in self.all() if s.record.phase in HOLDS_MEMORY and s.spec.uid != but]
+
+    # What a sandbox asks of its host (hostd.sandbox.Host).
+
+    async def take_image(self, spec: SandboxSpec) -> ImageInUse:
+        """Its layers, verified and pinned."""
+        ready = await asyncio.to_thread(images.take, self.store, spec)
+        return ImageInUse(ready.layers, ready.config)
+
+    async def release_image(self, uid: str) -> None:
+        """Unpins them."""
+        await asyncio.to_thread(images.release, self.store, uid)
+
+    def admit(self, spec: SandboxSpec) -> None:
+        """ShortOfResources when it must not start now."""
+        admit(self.host_now(), self.live_resources(but=spec.uid), spec.resources)
+
+    def host_now(self) -> HostNow:
+        """The host's memory and disk at this moment."""
+        memory = psutil.virtual_memory()
+        disk = shutil.disk_usage(self.config.state_dir)
+        return HostNow(
+            memory.total >> 20,
+            memory.available >> 20,
+            self.config.memory_reserve_mib,
+            disk.free >> 20,
+            self.config.disk_reserve_mib,
+        )
+
+    def claim_vm_uid(self) -> int:
+        """A uid of its own for a VM: the lowest that no sandbox here has."""
+        for uid in range(FIRST_VM_UID, LAST_VM_UID + 1):
+            if uid not in self._claimed:
+                self._claimed.add(uid)
+                return uid
+        raise HostdError(f"all VM uids {FIRST_VM_UID}-{LAST_VM_UID} are taken: remove ended sandboxes")
+
+    def start_slot(self) -> asyncio.Semaphore:
+        """Starts are CPU-bound: more at once than this only makes all of them slower."""
+        return self._slots
+
+    def changed(self, sandbox: Sandbox, *, removed: bool = False) -> None:
+        """Tells the control plane, and forgets a removed one."""
+        if removed:
+            self._sandboxes.pop(sandbox.spec.uid, None)
+            if sandbox.record.vm_uid is not None:
+                self._claimed.discard(sandbox.record.vm_uid)
+        self._report(Report(sandbox.record, sandbox.resize, removed))
+
+    def event(self, sandbox: Sandbox, reason: str, message: str) -> None:
+        """Puts it into the event log."""
+        self._happened(Happened(sandbox.spec.name, reason, message, self.now_s()))

@@ -1,0 +1,184 @@
+"""A running sandbox: does what is desired of it until its main process or its engine ends, and says how it ended.
+
+Owns every task of the running sandbox (the log's pump, the stop under way, the resize under way); all are over when
+supervise() returns. The engine itself belongs to the caller.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+from collections.abc import Callable
+from typing import Any, Protocol
+
+from hostd.drivers.contract import Engine, Exit, Loss, ProcessLink
+from hostd.errors import HostdError
+from hostd.journal import Outcome
+from hostd.lifecycle import Phase
+from hostd.logs import OutputLog
+from hostd.resize import RESIZE_DEADLINE_S, ResizeProgress, ResizeState, infeasible, judge
+from hostd.spec import DesiredState, MemoryShape, Resources, SandboxSpec
+from hostd.tasks import OwnedTasks
+
+KILLED_EXIT_CODE = 137
+KILL_GRACE_S = 2.0
+RESIZE_POLL_S, DEFERRED_POLL_S = 0.05, 1.0
+LOG_RETRY_S = 1.0
+LAST_OUTPUT_S = 30.0
+"""How long the output of an ended process may take into the log: the disk may be slow, its window is 64 KiB."""
+
+LAST_WORDS_S = 1.0
+"""How long a broken engine may take to show what broke: its port closes a moment before its process is seen to end."""
+
+
+class Owner(Protocol):
+    """What supervision needs of its sandbox; hostd/sandbox.py is it."""
+
+    log: OutputLog
+
+    @property
+    def spec(self) -> SandboxSpec: ...
+    async def wanted(self) -> None: ...
+    def now_ns(self) -> int: ...
+    def stopping(self) -> None: ...
+    def tell_resize(self, progress: ResizeProgress) -> None: ...
+    def tell(self, reason: str, message: str) -> None: ...
+
+
+async def supervise(owner: Owner, engine: Engine, main: ProcessLink) -> Outcome:
+    """Returns how the sandbox ended. The engine is to be destroyed then."""
+    async with OwnedTasks() as tasks:
+        return await _Supervision(owner, engine, main, tasks).run()
+
+
+class _Supervision:
+    def __init__(self, owner: Owner, engine: Engine, main: ProcessLink, tasks: OwnedTasks) -> None:
+        self._owner, self._engine, self._main, self._tasks = owner, engine, main, tasks
+        self._stop: asyncio.Task[None] | None = None
+        self._stop_for = DesiredState.RUNNING
+        self._resize: asyncio.Task[None] | None = None
+        self._served: Resources | None = None
+
+    async def run(self) -> Outcome:
+        pump = self._tasks.spawn(self._pump(), "pump")
+        ended = self._tasks.spawn(self._main.wait(), "main")
+        gone = self._tasks.spawn(self._engine.wait_gone(), "engine")
+        wanted: asyncio.Task[None] | None = None
+        while not ended.done() and not gone.done() and not (self._stop and self._stop.done()):
+            self._follow_desired()
+            if wanted is None or wanted.done():
+                wanted = self._tasks.spawn(self._owner.wanted(), "wanted")
+            waiting: set[asyncio.Task[Any]] = {ended, gone, wanted}
+            if self._stop is not None:
+                waiting.add(self._stop)
+            await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+        return await self._conclude(ended, gone, pump)
+
+    def _follow_desired(self) -> None:
+        spec = self._owner.spec
+        if spec.desired is not DesiredState.RUNNING and spec.desired is not self._stop_for:
+            if self._stop is None:
+                self._owner.stopping()
+            else:
+                self._stop.cancel()  # REMOVED after STOPPED: no more grace
+            self._stop_for = spec.desired
+            grace_s = spec.stop_grace_s if spec.desired is DesiredState.STOPPED else 0.0
+            self._stop = self._tasks.spawn(stop(self._main, grace_s), "stop")
+        if spec.resources != self._served:
+            if self._resize is not None:
+                self._resize.cancel()
+            # Also right after a start or an adoption: targets may have changed meanwhile. Setting them is idempotent.
+            self._served = spec.resources
+            self._resize = self._tasks.spawn(follow_resize(self._owner, self._engine, spec.resources), "resize")
+
+    async def _conclude(self, ended: asyncio.Task[Exit], gone: asyncio.Task[Loss], pump: asyncio.Task[None]) -> Outcome:
+        """Works out how it ended, once all its output is in the log."""
+        stopped = self._stop is not None
+        if not ended.done():  # the last frames may still be on their way
+            await asyncio.wait({ended}, timeout=0.2)
+        if ended.done() and ended.exception() is None:
+            await asyncio.wait({pump}, timeout=LAST_OUTPUT_S)
+            return Outcome(Phase.EXITED, "Stopped" if stopped else "Completed", "", ended.result().code)
+        if stopped:
+            return Outcome(Phase.EXITED, "Killed", "it did not end by itself and was killed", KILLED_EXIT_CODE)
+        if not gone.done():
+            await asyncio.wait({gone}, timeout=LAST_WORDS_S)
+        if gone.done():
+            return Outcome(Phase.FAILED, gone.result().reason, gone.result().message)
+        return Outcome(Phase.FAILED, "AgentLost", str(ended.exception()))
+
+    async def _pump(self) -> None:
+        async for piece in self._main.output():
+            await self._record(piece.stream, piece.data)
+
+    async def _record(self, stream: int, data: bytes) -> None:
+        """Into the log; as long as the disk is full the workload's output waits, as at a pipe that nobody reads."""
+        told = False
+        while True:
+            try:
+                return self._owner.log.append(self._owner.now_ns(), stream, data)
+            except OSError as error:
+                if not told:
+                    self._owner.tell("LogStalled", f"its output waits: the log cannot be written: {error.strerror}")
+                    told = True
+                await asyncio.sleep(LOG_RETRY_S)
+
+
+async def stop(main: ProcessLink, grace_s: float) -> None:
+    """SIGTERM, the grace, SIGKILL, a last wait. When it returns the engine is to be destroyed."""
+    for signo, wait_s in ((signal.SIGTERM, grace_s), (signal.SIGKILL, KILL_GRACE_S)):
+        if wait_s <= 0:
+            continue
+        try:
+            async with asyncio.timeout(wait_s):
+                await main.signal(signo)
+                await main.wait()
+            return
+        except (TimeoutError, HostdError):
+            continue
+
+
+async def follow_resize(owner: Owner, engine: Engine, wanted: Resources) -> None:
+    """Sets the targets and reports progress until the guest has followed. Runs until cancelled while it does not."""
+    handle = engine.handle
+    shape = MemoryShape(handle.base_mib, handle.elastic_mib)
+    problem = infeasible(shape.ceiling_mib, handle.vcpus, wanted)
+    if problem:
+        now_mib = await _actual_mib(engine)
+        owner.tell_resize(
+            ResizeProgress(ResizeState.INFEASIBLE, wanted.memory_mib, now_mib, now_mib, wanted.cpu_milli, problem)
+        )
+        return
+    try:
+        await engine.resize(wanted)
+    except HostdError as error:
+        now_mib = await _actual_mib(engine)
+        owner.tell_resize(
+            ResizeProgress(ResizeState.ERROR, wanted.memory_mib, now_mib, now_mib, wanted.cpu_milli, str(error))
+        )
+        return
+    await _poll_resize(owner, engine, wanted, shape, asyncio.get_running_loop().time)
+
+
+async def _poll_resize(
+    owner: Owner, engine: Engine, wanted: Resources, shape: MemoryShape, clock: Callable[[], float]
+) -> None:
+    begin_s = clock()
+    while True:
+        try:
+            actual_mib = (await engine.memory()).actual_mib
+        except HostdError:
+            actual_mib = 0  # busy or ending; its owner sees the latter elsewhere
+        progress = judge(wanted, shape, actual_mib, clock() - begin_s, RESIZE_DEADLINE_S)
+        if actual_mib:
+            owner.tell_resize(progress)
+        if progress.state is ResizeState.DONE:
+            return
+        await asyncio.sleep(DEFERRED_POLL_S if progress.state is ResizeState.DEFERRED else RESIZE_POLL_S)
+
+
+async def _actual_mib(engine: Engine) -> int:
+    try:
+        return (await engine.memory()).actual_mib
+    except HostdError:
+        return 0

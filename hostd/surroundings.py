@@ -1,0 +1,41 @@
+"""What a sandbox needs of what is around it: its image, and the host that owns it. hostd/sandboxes.py has both."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+from hostd.drivers.contract import Driver, LayerFile
+from hostd.journal import Journal
+from hostd.spec import Command, SandboxSpec
+
+if TYPE_CHECKING:
+    from hostd.sandbox import Sandbox
+
+
+class Image(Protocol):
+    """What a sandbox needs of its image."""
+
+    @property
+    def layers(self) -> tuple[LayerFile, ...]: ...
+    def command(self, spec: SandboxSpec) -> Command: ...
+
+
+class Host(Protocol):
+    """What a sandbox needs of its host; hostd/sandboxes.py is it."""
+
+    journal: Journal
+    driver: Driver
+    run_dir: Path
+    now_s: Callable[[], float]
+    now_ns: Callable[[], int]
+
+    async def take_image(self, spec: SandboxSpec) -> Image: ...
+    async def release_image(self, uid: str) -> None: ...
+    def admit(self, spec: SandboxSpec) -> None: ...
+    def claim_vm_uid(self) -> int: ...
+    def start_slot(self) -> asyncio.Semaphore: ...
+    def changed(self, sandbox: Sandbox, *, removed: bool = False) -> None: ...
+    def event(self, sandbox: Sandbox, reason: str, message: str) -> None: ...
