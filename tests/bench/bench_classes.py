@@ -1,0 +1,273 @@
+"""`make bench-classes`: what the OCI classes cost above their bare runtimes, and how often an image is in memory.
+
+Start: from nothing to the first byte of a workload that says one, each round in turn:
+- peer: the bare runtime (`crun run`, `runsc run`) on the bundle that hostd wrote for it, with the same limits, which it
+  puts into cgroups itself; its root file system mounted already, read through a pipe.
+- us: the driver, which mounts the root file system, makes the cgroup, starts the monitor and through it the runtime,
+  and reads through the agent protocol.
+
+Sharing: 50 sandboxes of one image, half user-kernel, half host-kernel, that all read the same 60 MiB of it. One copy is
+what the page cache holds of the image after the first of them; what is asked is how much more it is after the last.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import AsyncExitStack, contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from hostd.cgroups import Hierarchy
+from hostd.drivers.contract import LayerFile, StartPlan
+from hostd.drivers.oci.driver import OciDriver
+from hostd.drivers.oci.mounts import Layers
+from hostd.drivers.oci.plan import limits_for
+from hostd.drivers.oci.probe import HYBRID_CGROUPS, decide
+from hostd.drivers.oci.runtime import Runtime
+from hostd.spec import Resources
+from native import _dax
+from tests.bench.report import CannotMeasure, Report, Runs, interleaved, ratio, run
+from tests.contract.driver_suite import command, spec_of
+from tests.hostd.busybox import busybox, rootfs_tar
+from tests.sharedcache.tarkit import convert
+from tests.userland import UserlandUnavailable, userland_tar
+
+ROUNDS = 15
+SANDBOXES = 50
+CACHE = Path("/var/cache/sandloom")
+PAGE_MIB = 4096 / (1 << 20)
+SMALL = Resources(64, 256, 64, 2000)
+SAY = ("sh", "-c", "echo ready; exec sleep 100000")
+READ = (
+    "sh", "-c",
+    "cat /usr/bin/* /usr/lib/*/lib*.so* /usr/lib/python3*/*.py 2>/dev/null | wc -c; echo ready; exec sleep 100000",
+)  # fmt: skip
+INSIDE = "SANDLOOM_BENCH_INSIDE"
+BARS = {"crun": ("host-kernel start", 1.2), "runsc": ("user-kernel start", 1.1)}
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where and with what the benchmark runs."""
+
+    root: Path
+    cgroups: Hierarchy
+    runtimes: dict[str, Runtime]
+
+    def driver(self, name: str) -> OciDriver:
+        return OciDriver(self.runtimes[name], Layers(self.root / "mounts"), self.cgroups)
+
+    def plan(self, uid: str, layers: tuple[LayerFile, ...]) -> StartPlan:
+        name = f"bench-{uid}-{os.getpid()}"
+        return StartPlan(spec_of(name, SMALL, hostname=uid), layers, 0, self.root / "run" / name)
+
+    def layer(self, tar: bytes | Path, name: str) -> LayerFile:
+        blob = self.root / f"{name}.blob"
+        meta = convert(tar, blob)
+        with blob.open("rb") as file:
+            os.fsync(file.fileno())  # as the store does; dirty pages cannot be let go of
+        return LayerFile(blob, meta.blob_bytes, meta.volume_uuid, 0)
+
+
+@contextmanager
+def place() -> Iterator[Place]:
+    """CannotMeasure, and says why, where no container runs."""
+    if os.geteuid() != 0:
+        raise CannotMeasure("needs root: the OCI classes mount, and make cgroups")
+    cgroups = Hierarchy.probe()
+    cgroups.prepare()
+    runtimes: dict[str, Runtime] = {}
+    for name in BARS:
+        runtime, why = asyncio.run(decide(name, cgroups, CACHE))
+        if runtime is None:
+            raise CannotMeasure(why)
+        runtimes[name] = runtime
+    root = Path(tempfile.mkdtemp(prefix="sl-bench-", dir="/var/tmp"))
+    (root / "run").mkdir()
+    try:
+        yield Place(root, cgroups, runtimes)
+    finally:
+        shutil.rmtree(root)
+
+
+def start(at: Place, report: Report, name: str, layer: LayerFile) -> None:
+    """One class against its bare runtime."""
+    driver, runtime = at.driver(name), at.runtimes[name]
+    measure, bound = BARS[name]
+    with asyncio.Runner() as runner:
+
+        def ours() -> float:
+            return runner.run(_ours(at, driver, layer))
+
+        bare = runner.run(_bare_bundle(at, driver, layer))
+        try:
+            times = interleaved({"peer": lambda: _bare(runtime, bare), "us": ours}, rounds=ROUNDS)
+        finally:
+            runner.run(driver.destroy(bare.spec.uid, bare.folder, None))
+    report.row(f"{name} run, bare, to its first output", times["peer"])
+    report.row(f"{measure}, by the driver, to its first output", times["us"])
+    overhead = ratio(times["us"], times["peer"])
+    report.bar(measure, overhead, at_most=bound, peer=f"bare {name} run")
+
+
+async def _ours(at: Place, driver: OciDriver, layer: LayerFile) -> float:
+    plan = at.plan("us", (layer,))
+    begin = time.perf_counter()
+    engine = await driver.start(plan, lambda _: None)
+    try:
+        main = await engine.spawn(command(SAY), main=True)
+        async for _ in main.output():
+            break
+        return 1000 * (time.perf_counter() - begin)
+    finally:
+        await engine.detach()
+        await driver.destroy(plan.spec.uid, plan.folder, engine.handle)
+
+
+async def _bare_bundle(at: Place, driver: OciDriver, layer: LayerFile) -> StartPlan:
+    """A mounted root file system and the bundle that hostd writes, its own init taken out."""
+    plan = at.plan("bare", (layer,))
+    engine = await driver.start(plan, lambda _: None)
+    main = await engine.spawn(command(SAY), main=True)
+    await main.signal(9)
+    await main.wait()
+    await engine.detach()
+    path = plan.folder / "config.json"
+    config = json.loads(path.read_text())
+    config["process"]["args"] = list(SAY)
+    limits = limits_for(SMALL, driver.runtime)
+    config["linux"]["cgroupsPath"] = f"/sandloom/{plan.spec.uid}-own"
+    config["linux"]["resources"] = {
+        "memory": {"limit": limits.memory_bytes},
+        "cpu": {"quota": limits.cpu_milli * 100, "period": 100_000},
+        "pids": {"limit": limits.pids},
+    }
+    path.write_text(json.dumps(config))
+    return plan
+
+
+def _bare(runtime: Runtime, bundle: StartPlan) -> float:
+    options = replace(runtime, state=bundle.folder / "bare").base(bundle.folder)
+    base = [word for word in options if word not in ("--cgroup-manager=disabled", "--ignore-cgroups")]
+    begin = time.perf_counter()
+    with subprocess.Popen(
+        [*base, "run", "--bundle", str(bundle.folder), "bare"], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE
+    ) as child:
+        assert child.stdout is not None
+        said = child.stdout.read1(64)
+        took = 1000 * (time.perf_counter() - begin)
+        subprocess.run([*base, "kill", "bare", "KILL"], capture_output=True, timeout=30)
+        child.stdout.read()
+        child.wait(timeout=30)
+    subprocess.run([*base, "delete", "--force", "bare"], capture_output=True, timeout=30)
+    if said != b"ready\n":
+        raise CannotMeasure(f"bare {runtime.name} run said {said!r}")
+    return took
+
+
+def sharing(at: Place, report: Report) -> None:
+    """Fifty sandboxes of one image."""
+    try:
+        layer = at.layer(userland_tar(), "userland")
+    except UserlandUnavailable as error:
+        raise CannotMeasure(str(error)) from error
+    with asyncio.Runner() as runner:
+        first_mib, cached, blob_mib, read_mib, private = runner.run(_fifty(at, layer))
+    report.row("the image in the page cache after one", Runs((first_mib,), "MiB"))
+    report.row(f"the image in the page cache after {SANDBOXES}", Runs((cached,), "MiB"))
+    report.row("of it the blob file itself", Runs((blob_mib,), "MiB"))
+    report.row("each of them read", Runs((read_mib,), "MiB"))
+    for name, values in private.items():
+        report.row(f"charged to one more {name} sandbox", Runs(tuple(values), "MiB"))
+    measure = f"{SANDBOXES} sandboxes of two classes: the image in memory"
+    report.bar(measure, Runs((cached / first_mib,), "x"), at_most=1.05, peer="one copy")
+    report.note(
+        "A guest of the same image maps the blob file: what it touches is there once more (mounts.py says why)."
+    )
+
+
+async def _fifty(at: Place, layer: LayerFile) -> tuple[float, float, float, float, dict[str, list[float]]]:
+    names = list(BARS)
+    drivers = {name: at.driver(name) for name in names}
+    private: dict[str, list[float]] = {name: [] for name in names}
+    first_mib = read_mib = 0.0
+    async with AsyncExitStack() as stack:
+        for number in range(SANDBOXES):
+            name = names[number % 2]
+            plan = at.plan(f"{number}", (layer,))
+            engine = await drivers[name].start(plan, lambda _: None)
+            stack.push_async_callback(drivers[name].destroy, plan.spec.uid, plan.folder, engine.handle)
+            stack.push_async_callback(engine.detach)
+            main = await engine.spawn(command(READ), main=True)
+            said = b""
+            async for piece in main.output():
+                said += piece.data
+                if b"ready" in said:
+                    break
+            read_mib = int(said.split()[0]) / (1 << 20)
+            if number == 0:
+                first_mib = cached_mib(drivers[name].layers.point(layer), layer.path)[0]
+            else:
+                private[name].append(at.cgroups.usage_bytes(plan.spec.uid) / (1 << 20))
+        all_mib, blob_mib = cached_mib(drivers[names[0]].layers.point(layer), layer.path)
+    return first_mib, all_mib, blob_mib, read_mib, private
+
+
+def cached_mib(mount: Path, blob: Path) -> tuple[float, float]:
+    """(the image's files and its blob together, the blob) in the page cache, each page once."""
+    files: dict[int, int] = {}
+    for folder, _, names in os.walk(mount):
+        for name in names:
+            path = Path(folder) / name
+            if not path.is_file() or path.is_symlink():
+                continue
+            with path.open("rb") as file:
+                files[os.fstat(file.fileno()).st_ino] = _dax.cachestat(file).cached
+    with blob.open("rb") as file:
+        blob_pages = _dax.cachestat(file).cached
+    return (sum(files.values()) + blob_pages) * PAGE_MIB, blob_pages * PAGE_MIB
+
+
+def body(report: Report) -> None:
+    program = busybox()
+    if program is None:
+        raise CannotMeasure("needs busybox (Debian: busybox-static)")
+    with place() as at:
+        report.machine["runsc_platform"] = at.runtimes["runsc"].platform
+        layer = at.layer(rootfs_tar(program), "busybox")
+        for name in BARS:
+            start(at, report, name, layer)
+        sharing(at, report)
+
+
+def main() -> int:
+    """Bare crun refuses to run beside a cgroup v2 tree on a v1 host: then all of this runs where none is in sight."""
+    if os.path.ismount(HYBRID_CGROUPS) and os.geteuid() == 0 and INSIDE not in os.environ:
+        script = f'umount -l {HYBRID_CGROUPS}; exec "$@"'
+        argv = [
+            "unshare",
+            "--mount",
+            "--propagation",
+            "slave",
+            "sh",
+            "-ec",
+            script,
+            "sh",
+            sys.executable,
+            "-m",
+            __spec__.name,
+        ]
+        os.execvpe(argv[0], argv, {**os.environ, INSIDE: "1"})
+    return run("classes", body, [(measure, bound) for measure, bound in BARS.values()])
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
