@@ -154,6 +154,8 @@ async def _kill(handle: Handle) -> None:
 
 
 def _remove_tree(folder: Path) -> None:
+    if not folder.is_absolute():  # "" is the working directory to rmtree: whatever asked for it is a bug
+        raise HostdError(f"{str(folder)!r} is no engine's directory: it is not removed", reason="InternalError")
     try:
         shutil.rmtree(folder)
     except FileNotFoundError:
