@@ -10,11 +10,12 @@ details (api/status.py); anything that is not one of ours is a bug, is logged wi
 from __future__ import annotations
 
 import asyncio
+import inspect
 import logging
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import grpc
 import grpc.aio
@@ -22,11 +23,16 @@ import grpc.aio
 from controlplane.api.errors import ControlPlaneError
 from controlplane.api.identity import NAME_PATTERN, Identity, Role, peer_identity
 from controlplane.api.status import Condition, Failure, abort, parse_error
-from controlplane.errors import Denied, IdentityError, Invalid, OperationError
+from controlplane.errors import Denied, IdentityError, Invalid, OperationError, Unavailable
 
 log = logging.getLogger("sandloom.controlplane.gate")
 
 Context = grpc.aio.ServicerContext[Any, Any]
+if TYPE_CHECKING:
+    Handler = grpc.RpcMethodHandler[Any, Any]
+    Interceptor = grpc.aio.ServerInterceptor[Any, Any]
+else:
+    Interceptor = grpc.aio.ServerInterceptor
 
 DEFAULT_TENANT = "default"
 TENANT_HEADER = "sandloom-tenant"
@@ -51,11 +57,12 @@ class Caller:
         return self.identity.role is Role.OPERATOR
 
 
-class Gate:
-    """One server's gate. `close` ends every call that is open."""
+class Gate(Interceptor):
+    """One server's gate, and an interceptor of it. `close` ends every call that is open."""
 
     def __init__(self, *, unary_deadline_s: float = UNARY_DEADLINE_S) -> None:
         self.unary_deadline_s = unary_deadline_s
+        self._sending: set[asyncio.Task[Any]] = set()
         self._open: set[asyncio.Task[Any]] = set()
         self._closing = False
 
@@ -67,6 +74,8 @@ class Gate:
         self._open.add(task)
         try:
             caller = _caller(context, roles)
+            if self._closing:
+                raise _stopping()
             unbounded = stream or context.time_remaining() is not None
             async with asyncio.timeout(None if unbounded else self.unary_deadline_s):
                 yield caller
@@ -81,8 +90,7 @@ class Gate:
             if not self._closing or context.cancelled():
                 raise
             task.uncancel()
-            text = "this control plane is stopping: connect again"
-            await abort(context, Failure(Condition.UNAVAILABLE, "ServerStopping", text, retry_after_s=1.0))
+            await abort(context, _stopping().failure())
         except grpc.aio.AbortError:
             raise
         except Exception as error:
@@ -92,11 +100,47 @@ class Gate:
         finally:
             self._open.discard(task)
 
-    def close(self) -> None:
-        """Ends every open call with UNAVAILABLE (ServerStopping)."""
+    async def intercept_service(
+        self,
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Handler]],
+        handler_call_details: grpc.HandlerCallDetails,
+    ) -> Handler:
+        """Marks which streams are about to send: a task that is cancelled inside grpc's own code sends no status."""
+        handler = await continuation(handler_call_details)
+        inner: Any = handler and (handler.unary_stream or handler.stream_stream)
+        if not inspect.isasyncgenfunction(inner):
+            return handler
+
+        async def marked(request: Any, context: Context) -> AsyncIterator[Any]:
+            task = asyncio.current_task()
+            assert task is not None
+            async with aclosing(inner(request, context)) as messages:
+                async for message in messages:
+                    self._sending.add(task)
+                    try:
+                        yield message
+                    finally:
+                        self._sending.discard(task)
+                    if self._closing:
+                        task.cancel()
+
+        build = grpc.unary_stream_rpc_method_handler if handler.unary_stream else grpc.stream_stream_rpc_method_handler
+        return build(marked, handler.request_deserializer, handler.response_serializer)
+
+    async def close(self, grace_s: float) -> None:
+        """Ends every open call, and every later one, with UNAVAILABLE (ServerStopping); returns when they have ended,
+        after `grace_s` in any case."""
         self._closing = True
-        for task in list(self._open):
-            task.cancel()
+        ending = list(self._open)
+        for task in ending:
+            if task not in self._sending:  # else it ends as soon as its message is sent
+                task.cancel()
+        if ending:
+            await asyncio.wait(ending, timeout=grace_s)
+
+
+def _stopping() -> Unavailable:
+    return Unavailable("ServerStopping", "this control plane is stopping: connect again")
 
 
 def failure_of(error: ControlPlaneError) -> Failure:

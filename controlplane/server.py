@@ -109,7 +109,7 @@ async def running(config: Config, leadership: Leadership | None = None) -> Async
     """A control plane that serves while the block runs, with its address. Ends everything it started."""
     async with open_sqlite(config.sqlite_path) as store, HostLinks(config.tls) as links:
         plane = ControlPlane(config, store, links)
-        server = grpc.aio.server(options=server_options())
+        server = grpc.aio.server(interceptors=[plane.gate], options=server_options())
         plane.add_to(server)
         port = _bind(server, config)
         lead = (leadership or OnlyOne()).lead
@@ -124,10 +124,8 @@ async def running(config: Config, leadership: Leadership | None = None) -> Async
             yield plane, f"{config.listen.rpartition(':')[0]}:{port}"
         finally:
             await plane.set_serving(False)
-            stopping = asyncio.ensure_future(server.stop(STOP_GRACE_S))
-            await asyncio.sleep(0)  # no new calls from here on
-            plane.gate.close()
-            await stopping
+            await plane.gate.close(STOP_GRACE_S)  # first: a server that stops drops statuses that are on their way
+            await server.stop(STOP_GRACE_S)
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)

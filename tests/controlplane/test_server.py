@@ -63,7 +63,7 @@ async def test_the_process_says_when_it_is_ready_and_stops_cleanly(tmp_path: Pat
             running.send_signal(signo)
             with pytest.raises(grpc.aio.AioRpcError) as caught:
                 await watch.read()
-            assert parse_error(caught.value).reason == "ServerStopping"
+            assert parse_error(caught.value).reason == "ServerStopping", caught.value
             async with asyncio.timeout(10):
                 assert await running.wait() == 0
     assert (tmp_path / "store.db").exists()  # relative to the configuration file
