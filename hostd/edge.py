@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from google.protobuf.timestamp_pb2 import Timestamp
 
 from controlplane.api.v1 import images_pb2, sandboxes_pb2
@@ -10,7 +12,7 @@ from hostd.ledger import MemoryRow
 from hostd.lifecycle import Phase
 from hostd.resize import ResizeProgress, ResizeState
 from hostd.sandboxes import Report
-from hostd.spec import DesiredState, ProcessSpec, Resources, SandboxSpec
+from hostd.spec import DesiredState, ProcessSpec, Resources, SandboxClass, SandboxSpec
 from sharedcache.images import ImageRecord
 
 PHASES = {
@@ -25,6 +27,12 @@ DESIRED = {
     sandboxes_pb2.DESIRED_RUNNING: DesiredState.RUNNING,
     sandboxes_pb2.DESIRED_STOPPED: DesiredState.STOPPED,
     sandboxes_pb2.DESIRED_REMOVED: DesiredState.REMOVED,
+}
+CLASSES = {
+    sandboxes_pb2.SANDBOX_CLASS_UNSPECIFIED: SandboxClass.GUEST_KERNEL,
+    sandboxes_pb2.GUEST_KERNEL: SandboxClass.GUEST_KERNEL,
+    sandboxes_pb2.USER_KERNEL: SandboxClass.USER_KERNEL,
+    sandboxes_pb2.HOST_KERNEL: SandboxClass.HOST_KERNEL,
 }
 RESIZES = {
     ResizeState.DONE: sandboxes_pb2.RESIZE_DONE,
@@ -54,6 +62,9 @@ def parse_sandbox(sandbox: sandboxes_pb2.Sandbox) -> SandboxSpec:
     spec, asked = sandbox.spec, sandbox.spec.resources
     if sandbox.desired_state not in DESIRED:
         raise InvalidSpec(f"sandbox {sandbox.name}: desired state {sandbox.desired_state} is unknown to this hostd")
+    sandbox_class = CLASSES.get(getattr(spec, "class"))
+    if sandbox_class is None:
+        raise InvalidSpec(f"sandbox {sandbox.name}: class {getattr(spec, 'class')} is unknown to this hostd")
     resources = Resources(
         memory_min_mib=asked.memory_min_mib,
         memory_max_mib=asked.memory_max_mib,
@@ -73,7 +84,14 @@ def parse_sandbox(sandbox: sandboxes_pb2.Sandbox) -> SandboxSpec:
         stop_grace_s=float(sandbox.stop_grace_s),
         remove_on_exit=spec.remove_on_exit,
         cold=spec.cold,
+        sandbox_class=sandbox_class,
     )
+
+
+def render_classes(classes: Iterable[SandboxClass]) -> list[sandboxes_pb2.SandboxClass.ValueType]:
+    """What kinds of sandboxes this host runs."""
+    numbers = {known: number for number, known in CLASSES.items()}  # the named one: it comes after "unspecified"
+    return [numbers[one] for one in classes]
 
 
 def timestamp(seconds: float) -> Timestamp:

@@ -12,7 +12,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +19,8 @@ from typing import Any
 
 from hostd.errors import InvalidSpec, JournalError
 from hostd.lifecycle import Phase
-from hostd.spec import Command, DesiredState, ProcessSpec, Resources, SandboxSpec
+from hostd.removal import remove_folder
+from hostd.spec import Command, DesiredState, ProcessSpec, Resources, SandboxClass, SandboxSpec
 
 SCHEMA = 1
 
@@ -74,6 +74,7 @@ def encode(record: Record) -> bytes:
     values = dataclasses.asdict(record)
     values["phase"] = record.phase.value
     values["spec"]["desired"] = record.spec.desired.value
+    values["spec"]["sandbox_class"] = record.spec.sandbox_class.value
     if record.outcome is not None:
         values["outcome"]["phase"] = record.outcome.phase.value
     return json.dumps({"schema": SCHEMA, "record": values}, sort_keys=True).encode()
@@ -110,6 +111,7 @@ def _spec(values: dict[str, Any]) -> SandboxSpec:
         resources=Resources(**values.pop("resources")),
         process=ProcessSpec(**_tuples(values.pop("process"))),
         desired=DesiredState(values.pop("desired")),
+        sandbox_class=SandboxClass(values.pop("sandbox_class", SandboxClass.GUEST_KERNEL.value)),
         **values,
     )
 
@@ -151,7 +153,7 @@ class Journal:
             if path.exists():
                 yield decode(path.read_bytes(), str(path))
             elif folder.is_dir():
-                shutil.rmtree(folder)
+                remove_folder(folder)
 
     def remove(self, uid: str) -> None:
         """Forgets a sandbox, record last, so that a crash half way is finished after a restart."""

@@ -29,13 +29,14 @@ import psutil
 
 from controlplane.api.channel import TlsFiles, connect, server_credentials, server_options
 from controlplane.api.errors import ControlPlaneError
-from controlplane.api.v1 import hosts_pb2, hosts_pb2_grpc, sandboxes_pb2
+from controlplane.api.v1 import hosts_pb2, hosts_pb2_grpc
 from guestagent.errors import AgentError
 from hostd import doctor
 from hostd.admission import GUEST_OVERHEAD_MIB, reserved_mib
 from hostd.authority import OnlyControlPlane
 from hostd.config import Config, load
 from hostd.drivers.choice import Chosen, choose
+from hostd.edge import render_classes
 from hostd.errors import HostdError
 from hostd.register import Outbox, Registration
 from hostd.sandboxes import Happened, Sandboxes
@@ -85,7 +86,7 @@ class Server:
             runtime_address=self.address,
             image_digests=digests,
             sandboxes=len(live),
-            classes=[sandboxes_pb2.GUEST_KERNEL],
+            classes=render_classes(self.chosen.classes),
         )
 
     async def run(self, stop: asyncio.Event) -> None:

@@ -29,6 +29,14 @@ _HOSTNAME = re.compile(r"[A-Za-z0-9]([A-Za-z0-9.-]{0,62}[A-Za-z0-9])?")
 MAX_GRACE_S = 86_400.0
 
 
+class SandboxClass(Enum):
+    """Which kernel serves a sandbox's system calls: one of its own, one in user space, or the host's."""
+
+    GUEST_KERNEL = "guest-kernel"
+    USER_KERNEL = "user-kernel"
+    HOST_KERNEL = "host-kernel"
+
+
 class DesiredState(Enum):
     """What the control plane wants of a sandbox."""
 
@@ -105,6 +113,7 @@ class SandboxSpec:
     stop_grace_s: float = 10.0
     remove_on_exit: bool = False
     cold: bool = False  # boot, even where a template could be cloned
+    sandbox_class: SandboxClass = SandboxClass.GUEST_KERNEL
 
     def __post_init__(self) -> None:
         if not _UID.fullmatch(self.uid):

@@ -1,5 +1,6 @@
 """Which driver this host runs, made ready: what the configuration asks for, and what the host can do.
 
+Beside guests it runs whichever OCI classes work here; why one does not is in the log and in the error of who asks.
 The guest-kernel driver needs cgroups, a guest kernel in the store and an accelerator's verdict, all of which may take
 seconds the first time; the fake driver needs nothing.
 """
@@ -7,6 +8,7 @@ seconds the first time; the fake driver needs nothing.
 from __future__ import annotations
 
 import asyncio
+import logging
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,8 +16,12 @@ from pathlib import Path
 from hostd import guestkernel
 from hostd.cgroups import Hierarchy
 from hostd.config import Config
+from hostd.drivers.byclass import ByClass
 from hostd.drivers.contract import Driver
 from hostd.drivers.fake import FakeDriver
+from hostd.drivers.oci import probe
+from hostd.drivers.oci.driver import OciDriver
+from hostd.drivers.oci.mounts import Layers
 from hostd.drivers.qemu.accel import TCG_NOTE, cpu_identity, decide, qemu_version
 from hostd.drivers.qemu.cloning import Cloner
 from hostd.drivers.qemu.command import GuestShape
@@ -24,8 +30,11 @@ from hostd.drivers.qemu.plan import GuestKernel
 from hostd.drivers.qemu.template import GuestIdentity
 from hostd.drivers.qemu.templates import Tell, Templates
 from hostd.drivers.qemu.vmm import Vmms
-from hostd.spec import MIN_BASE_RAM_MIB, MemoryShape
+from hostd.spec import MIN_BASE_RAM_MIB, MemoryShape, SandboxClass
 from sharedcache.store import Store
+
+
+log = logging.getLogger("sandloom.hostd.drivers")
 
 
 @dataclass(frozen=True)
@@ -39,6 +48,7 @@ class Chosen:
     guest_kernel_version: str = ""
     qemu_version: str = ""
     cgroup_version: str = ""
+    classes: tuple[SandboxClass, ...] = (SandboxClass.GUEST_KERNEL,)
 
 
 FAKE_NOTE = "the fake driver runs nothing: sandboxes exist in memory only"
@@ -58,15 +68,20 @@ async def _qemu(config: Config, store: Store, tell: Tell, stack: AsyncExitStack)
     await asyncio.to_thread(cgroups.prepare)
     stack.callback(cgroups.retire)
     kernel = await asyncio.to_thread(guestkernel.prepare, store, config.state_dir, config.cache_dir)
-    verdict = await decide(config.accel, _probe_shape(kernel), kernel.version, config.cache_dir)
+    verdict, (oci_drivers, missing) = await asyncio.gather(
+        decide(config.accel, _probe_shape(kernel), kernel.version, config.cache_dir), _oci(config, cgroups)
+    )
     templates = await stack.enter_async_context(Templates(store, tell))
     version = await asyncio.to_thread(qemu_version)
     identity = GuestIdentity(kernel.digest, kernel.initrd_digest, version, cpu_identity(verdict.accel))
     vmms = Vmms(cgroups, config.boot_deadline_s)
     cloner = Cloner(templates, kernel, identity, verdict.accel, vmms, config.run_dir)
     await asyncio.to_thread(cloner.sweep)
+    qemu = QemuDriver(kernel, verdict.accel, cgroups, boot_deadline_s=config.boot_deadline_s, cloner=cloner)
+    driver = ByClass({SandboxClass.GUEST_KERNEL: qemu, **oci_drivers}, missing)
     return Chosen(
-        QemuDriver(kernel, verdict.accel, cgroups, boot_deadline_s=config.boot_deadline_s, cloner=cloner),
+        driver,
+        classes=tuple(driver.drivers),
         accel=verdict.accel,
         why=verdict.why,
         isolation_note=TCG_NOTE if verdict.accel == "tcg" else "",
@@ -74,6 +89,22 @@ async def _qemu(config: Config, store: Store, tell: Tell, stack: AsyncExitStack)
         qemu_version=version,
         cgroup_version=f"v{cgroups.version}",
     )
+
+
+async def _oci(config: Config, cgroups: Hierarchy) -> tuple[dict[SandboxClass, Driver], dict[SandboxClass, str]]:
+    """Drivers of the OCI classes that work here, and why the others do not. Their mounts are below the state directory:
+    the run directory holds sandboxes only."""
+    drivers: dict[SandboxClass, Driver] = {}
+    missing: dict[SandboxClass, str] = {}
+    layers = Layers(config.state_dir / "mounts")
+    for one, name in ((SandboxClass.USER_KERNEL, "runsc"), (SandboxClass.HOST_KERNEL, "crun")):
+        runtime, why = await probe.decide(name, cgroups, config.cache_dir)
+        log.info("class %s: %s", one.value, why)
+        if runtime is None:
+            missing[one] = why
+        else:
+            drivers[one] = OciDriver(runtime, layers, cgroups)
+    return drivers, missing
 
 
 def _probe_shape(kernel: GuestKernel) -> GuestShape:

@@ -28,6 +28,7 @@ from collections.abc import Callable
 from contextlib import AsyncExitStack
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from guestagent.messages import MAIN_PROC
 from guestagent.protocol import ProcCarry, SessionCarry
@@ -101,7 +102,8 @@ class OciDriver:
 
     async def _undo(self, plan: StartPlan, launch: asyncio.Future[Handle], mount: asyncio.Future[None] | None) -> None:
         """After a failed or cancelled start. A thread that is mounting cannot be cancelled: it takes milliseconds."""
-        await asyncio.wait({launch} if mount is None else {launch, mount})
+        working: set[asyncio.Future[Any]] = {launch} if mount is None else {launch, mount}
+        await asyncio.wait(working)
         if mount is not None:
             mount.exception()  # told already, or of no interest any more
         failed = launch.exception() is not None
@@ -208,6 +210,8 @@ class OciDriver:
 
 
 def _remove_tree(folder: Path) -> None:
+    if not folder.is_absolute():  # "" is the working directory to rmtree: whatever asked for it is a bug
+        raise HostdError(f"{str(folder)!r} is no sandbox's directory: it is not removed", reason="InternalError")
     with contextlib.suppress(FileNotFoundError):
         shutil.rmtree(folder)
 

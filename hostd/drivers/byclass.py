@@ -1,0 +1,67 @@
+"""One driver out of several: each sandbox's class says whose it is.
+
+What a class lacks is refused by name, with the classes of this host that have it. An engine that runs is found again
+by what its handle says it runs on; what has no handle is cleaned up by every driver, those that mount first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from hostd.drivers.contract import Driver, Engine, StartPlan
+from hostd.errors import HostdError, InvalidSpec
+from hostd.journal import Handle
+from hostd.spec import SandboxClass
+
+CLEAN_UP_ORDER = (SandboxClass.HOST_KERNEL, SandboxClass.USER_KERNEL, SandboxClass.GUEST_KERNEL)
+"""A root filesystem is unmounted before anybody removes the folder that it is in."""
+
+
+def class_of(accel: str) -> SandboxClass:
+    """Whose engine it is that runs on `accel` (Handle.accel)."""
+    kind = accel.partition("/")[0]
+    return {"crun": SandboxClass.HOST_KERNEL, "runsc": SandboxClass.USER_KERNEL}.get(kind, SandboxClass.GUEST_KERNEL)
+
+
+def lacking(feature: str, asked: SandboxClass, have: tuple[SandboxClass, ...]) -> InvalidSpec:
+    """The error for a feature that a class has not, naming those that have it."""
+    others = ", ".join(one.value for one in have) or "none on this host"
+    return InvalidSpec(f"class {asked.value} has no {feature}; classes that have it: {others}", reason="ClassLacks")
+
+
+class ByClass:
+    """Implements hostd.drivers.contract.Driver. `missing` says why this host has no driver for a class."""
+
+    def __init__(self, drivers: Mapping[SandboxClass, Driver], missing: Mapping[SandboxClass, str]) -> None:
+        self.drivers, self._missing = dict(drivers), dict(missing)
+
+    def of(self, asked: SandboxClass) -> Driver:
+        """The driver of a class. InvalidSpec says why there is none, and which classes this host runs."""
+        if asked not in self.drivers:
+            here = ", ".join(one.value for one in self.drivers)
+            raise InvalidSpec(
+                f"this host runs no {asked.value} sandboxes: {self._missing.get(asked, 'no driver')}; it runs: {here}",
+                reason="ClassMissing",
+            )
+        return self.drivers[asked]
+
+    async def start(self, plan: StartPlan, made: Callable[[Handle], None]) -> Engine:
+        """See Driver.start."""
+        return await self.of(plan.spec.sandbox_class).start(plan, made)
+
+    async def adopt(self, plan: StartPlan, handle: Handle, offsets: dict[int, int]) -> Engine | None:
+        """See Driver.adopt."""
+        return await self.of(class_of(handle.accel)).adopt(plan, handle, offsets)
+
+    async def destroy(self, uid: str, folder: Path, handle: Handle | None) -> None:
+        """See Driver.destroy. HostdError also when what it ran on is no longer on this host."""
+        if handle is not None:
+            owner = class_of(handle.accel)
+            if owner not in self.drivers:
+                raise HostdError(f"sandbox {uid} runs on {handle.accel}, which is gone: install it and restart hostd")
+            await self.drivers[owner].destroy(uid, folder, handle)
+            return
+        for one in CLEAN_UP_ORDER:
+            if one in self.drivers:
+                await self.drivers[one].destroy(uid, folder, None)
