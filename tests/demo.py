@@ -24,10 +24,19 @@ from tests.userland import UserlandUnavailable, userland_tar
 NAMES = ("loom-1", "loom-2", "loom-3", "loom-4")
 MEMORY, GROWN = "256M:1G", "768M"
 COMMAND_DEADLINE_S = 300.0
-WORK = "import glob, hashlib, os, sys, platform; n = 0\nfor p in glob.glob('/usr/lib/**', recursive=True):\n" + (
-    "  if os.path.isfile(p):\n    d = open(p, 'rb').read(); n += len(d)\n"
-    "print(f'Python {platform.python_version()} on Linux {platform.release()}: read {n >> 20} MiB of its image')"
-)
+WORK = """
+import os, platform
+buffer, count = bytearray(1 << 20), 0
+for top, _, names in os.walk('/usr'):
+    for name in names:
+        path = os.path.join(top, name)
+        if os.path.isfile(path) and not os.path.islink(path):
+            with open(path, 'rb', 0) as file:
+                while got := file.readinto(buffer):
+                    count += got
+print(f'{platform.node()}: Python {platform.python_version()} on a Linux {platform.release()} of its own,'
+      f' read {count >> 20} MiB of its image')
+"""
 
 
 class DemoFailed(Exception):
@@ -44,16 +53,19 @@ class Demo:
     def say(self, text: str) -> None:
         print(f"[{time.monotonic() - self.begun_s:6.1f} s] {text}", flush=True)
 
-    def sandloom(self, *arguments: str, show: bool = False) -> str:
+    def sandloom(self, *arguments: str, show: bool = False, stdin: str | None = None) -> str:
         """Runs one command; its output. DemoFailed when its exit status is not 0."""
         argv = [sys.executable, "-m", "controlplane.cli.main", "--home", str(self.home), *arguments]
         if show:
             print(f"           $ sandloom {' '.join(arguments)}", flush=True)
         errors = None if show and sys.stderr.isatty() else subprocess.PIPE
-        done = subprocess.run(argv, stdout=subprocess.PIPE, stderr=errors, text=True, timeout=COMMAND_DEADLINE_S)
+        given = {"stdin": subprocess.DEVNULL} if stdin is None else {"input": stdin}
+        done = subprocess.run(
+            argv, stdout=subprocess.PIPE, stderr=errors, text=True, timeout=COMMAND_DEADLINE_S, **given
+        )
         if done.returncode:
             raise DemoFailed(f"`sandloom {' '.join(arguments)}` gave {done.returncode}: {done.stderr or done.stdout}")
-        return done.stdout
+        return str(done.stdout)
 
     def asked(self, *arguments: str) -> Any:
         """The JSON answer of one command."""
@@ -80,7 +92,7 @@ def start_all(demo: Demo) -> None:
             run.result()
     for name in NAMES:
         wait_running(demo, name)
-        demo.say(f"{name} is running")
+        demo.say(f"{name} is running: {demo.asked('inspect', name)['status']['origin']}")
 
 
 def wait_running(demo: Demo, name: str, deadline_s: float = 240.0) -> None:
@@ -129,8 +141,10 @@ def job(demo: Demo, image: Path) -> None:
     start_all(demo)
     demo.show("ps")
     demo.say("running Python in each of them; every one reads the same image")
-    for name in NAMES:
-        demo.show("exec", name, "--", "python3", "-c", WORK)
+    print(f"           $ sandloom exec -i {NAMES[0]} -- python3 - < read_usr.py     (and in the others)", flush=True)
+    with ThreadPoolExecutor(len(NAMES)) as pool:
+        for said in pool.map(lambda name: demo.sandloom("exec", "-i", name, "--", "python3", "-", stdin=WORK), NAMES):
+            print(f"           {said.strip()}", flush=True)
     demo.say(f"growing {NAMES[0]} to {GROWN} while it runs")
     demo.show("resize", NAMES[0], "--memory", GROWN, "--wait")
     grown = demo.asked("inspect", NAMES[0])["status"]["resize"]
