@@ -26,6 +26,7 @@ from hostd.drivers.contract import Driver, LayerFile
 from hostd.errors import HostdError, SandboxGone
 from hostd.journal import Journal, Record
 from hostd.lifecycle import Phase
+from hostd.removal import remove_folder
 from hostd.resize import ResizeProgress
 from hostd.sandbox import Sandbox
 from hostd.spec import Command, DesiredState, Resources, SandboxSpec
@@ -127,7 +128,7 @@ class Sandboxes:
                 log.warning("%s belongs to no record: what runs there is ended", folder)
                 await self.driver.destroy(folder.name, folder, None)
         for folder in self.config.state_dir.glob(f"{IMPORT_PREFIX}*"):
-            await asyncio.to_thread(shutil.rmtree, folder, ignore_errors=True)
+            await asyncio.to_thread(remove_folder, folder)
         return records
 
     def _begin(self, record: Record) -> None:

@@ -32,7 +32,11 @@ class StartPlan:
     spec: SandboxSpec
     layers: tuple[LayerFile, ...]  # lowest first
     vm_uid: int
-    folder: Path  # private, made by the engine, goes with it
+    folder: Path  # absolute; private, made by the engine, goes with it
+
+    def __post_init__(self) -> None:
+        if not self.folder.is_absolute():
+            raise ValueError(f"folder {str(self.folder)!r} is not absolute: it would be removed with the engine")
 
 
 @dataclass(frozen=True)

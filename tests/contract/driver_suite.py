@@ -12,6 +12,7 @@ that only run processes in it, since booting one may take seconds.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import signal
 from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator
@@ -329,3 +330,15 @@ class DriverSuite:
 
     async def test_nothing_is_there_to_destroy(self, rig: Rig, tmp_path: Path) -> None:
         await rig.driver.destroy("never", tmp_path / "never", None)
+
+    async def test_a_relative_path_is_never_removed(
+        self, rig: Rig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """An empty path is the working directory."""
+        monkeypatch.chdir(tmp_path)
+        kept = tmp_path / "kept"
+        kept.write_text("x")
+        for path in (Path(), Path("kept")):
+            with contextlib.suppress(HostdError):
+                await rig.driver.destroy("never", path, None)
+        assert kept.exists()

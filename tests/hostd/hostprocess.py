@@ -15,6 +15,7 @@ from pathlib import Path
 
 from controlplane.api.identity import Role
 from controlplane.api.v1 import hosts_pb2
+from hostd.cgroups import Hierarchy
 from tests.hostd.fakecontrolplane import Certificates, FakeControlPlane, certificates
 from tests.hostd.hostkit import until
 
@@ -82,3 +83,12 @@ async def host_process(folder: Path, driver: str) -> AsyncIterator[HostProcess]:
             os.kill(host.process.pid, signal.SIGKILL)
             await host.process.wait()
         await plane.down()
+        _end_guests(folder)
+
+
+def _end_guests(folder: Path) -> None:
+    """What a failed test left running."""
+    journal = folder / "state" / "sandboxes"
+    cgroups = Hierarchy.probe()
+    for uid in [path.name for path in journal.iterdir()] if journal.exists() else []:
+        cgroups.remove(uid)

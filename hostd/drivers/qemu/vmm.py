@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import asyncio
 import os
-import shutil
 import subprocess
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ from hostd.drivers.qemu.control import Control
 from hostd.errors import AgentLost, ControlLost, HostdError, StartFailed
 from hostd.journal import Handle
 from hostd.process import WatchedProcess, is_zombie, open_same, reap, start_ticks
+from hostd.removal import remove_folder
 
 QMP_DEADLINE_S = 20.0
 KILL_DEADLINE_S = 5.0
@@ -128,7 +128,7 @@ class Vmms:
             await _kill(handle)
         for pid in await asyncio.to_thread(self.cgroups.remove, uid):
             reap(pid)
-        await asyncio.to_thread(_remove_tree, folder)
+        await asyncio.to_thread(remove_folder, folder)
 
     async def undo(self, shape: GuestShape, forked: asyncio.Future[Handle]) -> None:
         """After a failed or cancelled start. A thread that is forking cannot be cancelled: it takes milliseconds."""
@@ -151,17 +151,6 @@ async def _kill(handle: Handle) -> None:
             raise HostdError(f"QEMU, pid {handle.pid}, does not end within {KILL_DEADLINE_S:.0f} s of SIGKILL")
     finally:
         process.close()
-
-
-def _remove_tree(folder: Path) -> None:
-    if not folder.is_absolute():  # "" is the working directory to rmtree: whatever asked for it is a bug
-        raise HostdError(f"{str(folder)!r} is no engine's directory: it is not removed", reason="InternalError")
-    try:
-        shutil.rmtree(folder)
-    except FileNotFoundError:
-        pass
-    except OSError as error:
-        raise HostdError(f"{folder} cannot be removed: {error.strerror}") from error
 
 
 def said(folder: Path) -> str:

@@ -78,11 +78,11 @@ async def test_memory_follows_as_slowly_and_as_far_as_it_is_told() -> None:
         await engine.memory()
 
 
-async def test_used_memory_is_not_available() -> None:
+async def test_used_memory_is_not_available(tmp_path: Path) -> None:
     driver = FakeDriver()
     engine = await driver.start(plan_of("a"), Handles())
     before = await engine.memory()
     hog = await engine.spawn(command(("use", "100")), main=True)
     await anext(hog.output())
     assert before.available_mib - (await engine.memory()).available_mib == 100
-    await driver.destroy("a", Path(), None)
+    await driver.destroy("a", tmp_path / "a", None)
