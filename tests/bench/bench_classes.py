@@ -162,7 +162,7 @@ def _bare(runtime: Runtime, bundle: StartPlan) -> float:
         [*base, "run", "--bundle", str(bundle.folder), "bare"], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE
     ) as child:
         assert child.stdout is not None
-        said = child.stdout.read1(64)
+        said = os.read(child.stdout.fileno(), 64)
         took = 1000 * (time.perf_counter() - begin)
         subprocess.run([*base, "kill", "bare", "KILL"], capture_output=True, timeout=30)
         child.stdout.read()

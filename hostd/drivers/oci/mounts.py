@@ -41,6 +41,9 @@ MNT_DETACH, UMOUNT_NOFOLLOW = 2, 8
 OPTIONS_BYTES = 4000
 """mount(2) takes a page of options."""
 
+LEAST_PARTS = 4
+"""`/` and three names: no sandbox's folder lies higher."""
+
 LOSETUP_DEADLINE_S = 20.0
 SYS_MOVE_MOUNT, SYS_FSOPEN, SYS_FSCONFIG, SYS_FSMOUNT = 429, 430, 431, 432  # asm-generic/unistd.h
 FSCONFIG_SET_STRING, FSCONFIG_CMD_CREATE = 1, 6  # linux/mount.h
@@ -114,7 +117,10 @@ def unmount(at: str | Path) -> None:
 
 
 def unmount_below(folder: Path) -> None:
-    """Everything mounted at or below `folder`, newest first."""
+    """Everything mounted at or below `folder`, newest first. HostdError for a path that is no sandbox's: unmounting
+    what is below / would be the host's end."""
+    if not folder.is_absolute() or len(folder.parts) < LEAST_PARTS or ".." in folder.parts:
+        raise HostdError(f"{str(folder)!r} is no sandbox's folder: nothing is unmounted", reason="InternalError")
     prefix = f"{folder}/"
     for one in reversed(mounted()):
         if one.at == str(folder) or one.at.startswith(prefix):

@@ -65,7 +65,9 @@ async def test_the_class_decides_at_the_start(driver: ByClass, wanted: SandboxCl
 
 
 async def test_a_class_that_is_not_here_is_refused_with_those_that_are(driver: ByClass) -> None:
-    with pytest.raises(InvalidSpec, match="no user-kernel sandboxes: runsc is not installed; it runs: guest-kernel, host"):
+    with pytest.raises(
+        InvalidSpec, match="no user-kernel sandboxes: runsc is not installed; it runs: guest-kernel, host"
+    ):
         await driver.start(plan(USER), lambda _: None)
 
 

@@ -12,7 +12,7 @@ import pytest
 from hostd.drivers.contract import LayerFile
 from hostd.drivers.oci import identity
 from hostd.drivers.oci.mounts import Layers, mounted, parse_mountinfo, unmount_below, unused_layers
-from hostd.errors import ConfigError, StartFailed
+from hostd.errors import ConfigError, HostdError, StartFailed
 from native import _dax
 from tests.hostd.drivers.oci.rig import Surroundings, layer_of
 from tests.sharedcache.tarkit import header, make_tar
@@ -46,6 +46,12 @@ def test_a_layer_is_unused_when_no_overlay_names_it() -> None:
         )
     )
     assert unused_layers(parse_mountinfo(text), Path("/m")) == ["/m/3"]
+
+
+@pytest.mark.parametrize("path", ["", "/", "/run", "/run/x", "relative/to/some/place", "/run/../../x/y"])
+def test_what_is_no_sandbox_s_is_not_unmounted(path: str) -> None:
+    with pytest.raises(HostdError, match="nothing is unmounted"):
+        unmount_below(Path(path))
 
 
 def test_a_path_that_overlayfs_cannot_take_is_refused(tmp_path: Path) -> None:
