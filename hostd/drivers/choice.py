@@ -33,7 +33,6 @@ from hostd.drivers.qemu.vmm import Vmms
 from hostd.spec import MIN_BASE_RAM_MIB, MemoryShape, SandboxClass
 from sharedcache.store import Store
 
-
 log = logging.getLogger("sandloom.hostd.drivers")
 
 
