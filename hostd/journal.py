@@ -37,6 +37,7 @@ class Handle:
     elastic_mib: int
     vcpus: int
     template: str = ""  # the key of what it was cloned from
+    member: str = ""  # the pool member that it was claimed as: its cgroup and directory go by that name
 
 
 @dataclass(frozen=True)

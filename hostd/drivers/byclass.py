@@ -35,6 +35,8 @@ class ByClass:
 
     def __init__(self, drivers: Mapping[SandboxClass, Driver], missing: Mapping[SandboxClass, str]) -> None:
         self.drivers, self._missing = dict(drivers), dict(missing)
+        guests = self.drivers.get(SandboxClass.GUEST_KERNEL)
+        self.warming = guests.warming if guests is not None else None  # pools are of guests only
 
     def of(self, asked: SandboxClass) -> Driver:
         """The driver of a class. InvalidSpec says why there is none, and which classes this host runs."""

@@ -154,8 +154,52 @@ class Engine(Protocol):
         ...
 
 
+class WarmGuest(Protocol):
+    """A guest that is nobody's yet and stands still, ready to become a sandbox. Its handle names it (`member`)."""
+
+    handle: Handle
+
+    async def wait_gone(self) -> Loss:
+        """Returns as soon as its process is gone or its agent lost."""
+        ...
+
+    async def regions(self) -> list[Region]:
+        """Its address space now, from the host's page tables."""
+        ...
+
+    def current(self) -> bool:
+        """Whether what it was made from is still there; else it had better be ended and made anew."""
+        ...
+
+    async def detach(self) -> None:
+        """Lets go of it without ending it (Driver.destroy does that). Idempotent."""
+        ...
+
+
+class Warming(Protocol):
+    """What a driver has on top that can keep guests warm: made before anybody asks, claimed in milliseconds."""
+
+    async def prewarm(self, plan: StartPlan, made: Callable[[Handle], None]) -> WarmGuest:
+        """Makes a guest that any sandbox of the plan's image, vCPUs and ceiling bucket can become, and pauses it.
+
+        The plan's spec says sizes and image; its uid is the member's. No program of the image runs, and the guest gets
+        no identity. On any error nothing of it is left; StartFailed, TemplateUnusable, InvalidSpec."""
+        ...
+
+    async def claim(self, guest: WarmGuest, plan: StartPlan, made: Callable[[Handle], None]) -> Engine:
+        """Makes `guest`, one of this driver's, the sandbox of `plan`, with identity, randomness, clock, limits and
+        memory of its own; uid, directory and cgroup stay the member's (`handle.member`). `made` is called before
+        anything is done. On any error nothing of the guest is left."""
+        ...
+
+
 class Driver(Protocol):
     """Makes engines, and cleans up after them."""
+
+    @property
+    def warming(self) -> Warming | None:
+        """None: guests of this driver cannot be kept warm."""
+        ...
 
     async def start(self, plan: StartPlan, made: Callable[[Handle], None]) -> Engine:
         """Boots a kernel and its agent up to CONFIGURE. `made` is called as soon as a process exists, before it

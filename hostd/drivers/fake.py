@@ -11,6 +11,7 @@ Faults come on demand: `faults` for what a driver may refuse, `crash` and `lose_
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -19,6 +20,8 @@ from pathlib import Path
 from hostd.drivers.contract import Driver, Engine, Exit, Loss, MemoryNow, ProcessLink, Region, StartPlan
 from hostd.drivers.fakemachine import MAIN, SIGKILL, FakeLink, FakeProcess, Machine, acknowledge, run
 from hostd.drivers.fakeprograms import PROGRAMS, Program, Terminal
+from hostd.drivers.fakewarming import FakeWarming
+from hostd.drivers.seat import seat_of
 from hostd.errors import AgentLost, CommandFailed, ControlLost, HostdError, InvalidSpec
 from hostd.journal import Handle
 from hostd.spec import Command, MemoryShape, Resources, memory_shape
@@ -42,6 +45,8 @@ class Faults:
     follow_s: float = 0.0  # how long a guest takes to follow a resize
     most_mib: int | None = None  # what a guest plugs at most, whatever is asked
     least_mib: int | None = None  # what a guest keeps at least
+    claim: HostdError | None = None
+    claim_s: float = 0.0
 
 
 class FakeDriver:
@@ -53,9 +58,19 @@ class FakeDriver:
         self.machines: dict[str, Machine] = {}
         self.starts = 0
         self._pids = itertools.count(FIRST_PID)
+        self.warming: FakeWarming | None = FakeWarming(self)
 
     async def start(self, plan: StartPlan, made: Callable[[Handle], None]) -> Engine:
         """See Driver.start."""
+        machine = await self.boot(plan, made)
+        return self.attach(machine, (("vmm", 0.0), ("kernel", self.faults.boot_s), ("agent", 0.0)))
+
+    def attach(self, machine: Machine, start_phases: tuple[tuple[str, float], ...]) -> FakeEngine:
+        """A link to a machine that runs."""
+        return FakeEngine(self, machine, start_phases)
+
+    async def boot(self, plan: StartPlan, made: Callable[[Handle], None], *, member: str = "") -> Machine:
+        """A machine that runs; on any error nothing of it is left."""
         shape = memory_shape(plan.spec.resources, sum(layer.size_bytes for layer in plan.layers))
         resources = plan.spec.resources
         self.starts += 1
@@ -68,6 +83,7 @@ class FakeDriver:
                 shape.base_mib,
                 shape.elastic_mib,
                 resources.vcpus,
+                member=member,
             )
             machine = Machine(plan.spec.uid, handle, resources, asyncio.get_running_loop().create_future())
             machine.actual_mib = shape.base_mib + shape.requested_mib(resources.memory_mib)
@@ -81,11 +97,11 @@ class FakeDriver:
         except BaseException:
             await self._end(plan.spec.uid, "the start was given up")
             raise
-        return FakeEngine(self, machine, (("vmm", 0.0), ("kernel", self.faults.boot_s), ("agent", 0.0)))
+        return machine
 
     async def adopt(self, plan: StartPlan, handle: Handle, offsets: dict[int, int]) -> Engine | None:
         """See Driver.adopt."""
-        machine = self.machines.get(plan.spec.uid)
+        machine = self.machines.get(seat_of(plan.spec.uid, plan.folder, handle).name)
         if machine is None or machine.handle != handle or machine.lost.done():
             return None
         if self.faults.adopt is not None:
@@ -99,7 +115,10 @@ class FakeDriver:
         """See Driver.destroy."""
         if self.faults.destroy is not None:
             raise self.faults.destroy
-        await self._end(uid, "it was destroyed")
+        seat = seat_of(uid, folder, handle)
+        await self._end(seat.name, "it was destroyed")
+        with contextlib.suppress(OSError):  # a pool member has one, always empty: rmdir(2) takes nothing else
+            await asyncio.to_thread(seat.folder.rmdir)
 
     async def _end(self, uid: str, why: str) -> None:
         machine = self.machines.pop(uid, None)

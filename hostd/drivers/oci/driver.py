@@ -64,6 +64,8 @@ def require_root() -> None:
 class OciDriver:
     """Implements hostd.drivers.contract.Driver."""
 
+    warming = None
+
     def __init__(
         self,
         runtime: Runtime,

@@ -105,6 +105,11 @@ class Cloner:
         await self.templates.until_made(choice.awaits)
         return choose(fitting.candidates, self.templates.ready(), cold=plan.spec.cold)
 
+    def want_image(self, plan: StartPlan, fitting: Fitting) -> None:
+        """Has the image's template made, however seldom it is started: a pool wants it."""
+        if fitting.image is not None:
+            self._want(plan, fitting.candidates.image_key, fitting.image, f"image {plan.spec.image_digest[:19]}")
+
     def _want(self, plan: StartPlan, key: str, shape: GuestShape, name: str) -> None:
         memory = f"{shape.memory.ceiling_mib} MiB at most"
         self.templates.want(

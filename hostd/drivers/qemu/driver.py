@@ -25,6 +25,8 @@ from hostd.drivers.qemu.engine import Parts, QemuEngine
 from hostd.drivers.qemu.plan import GuestKernel, configure_for, limits_for, shape_for
 from hostd.drivers.qemu.template import Choice, Origin
 from hostd.drivers.qemu.vmm import Launch, Vmm, Vmms
+from hostd.drivers.qemu.warming import QemuWarming
+from hostd.drivers.seat import seat_of
 from hostd.errors import StartFailed, TemplateUnusable
 from hostd.journal import Handle
 from hostd.process import WatchedProcess, open_same
@@ -52,6 +54,7 @@ class QemuDriver:
         self.kernel, self.accel, self.cgroups = kernel, accel, cgroups
         self._vmms, self._layers_as, self._cloner = Vmms(cgroups, boot_deadline_s), layers_as, cloner
         self._clock, self._time_ns = clock, time_ns
+        self.warming = None if cloner is None else QemuWarming(cloner, self._vmms, self._settle, clock=clock)
 
     async def start(self, plan: StartPlan, made: Callable[[Handle], None]) -> Engine:
         """See Driver.start. A clone when a template fits, else a cold boot; the engine's `origin` says which."""
@@ -121,7 +124,8 @@ class QemuDriver:
         if memory.elastic_mib:
             await vmm.control.request_elastic_mib(memory.requested_mib(plan.spec.resources.memory_mib))
         phases = (*phases, ("agent", self._clock() - begin_s))
-        return QemuEngine(plan.spec.uid, handle, Parts(vmm.process, vmm.control, link), self.cgroups, phases)
+        name = seat_of(plan.spec.uid, plan.folder, handle).name
+        return QemuEngine(name, handle, Parts(vmm.process, vmm.control, link), self.cgroups, phases)
 
     async def adopt(self, plan: StartPlan, handle: Handle, offsets: dict[int, int]) -> Engine | None:
         """See Driver.adopt. None when the process is gone; AgentLost or ControlLost when it does not answer."""
@@ -131,7 +135,8 @@ class QemuDriver:
         async with AsyncExitStack() as stack:
             process = WatchedProcess(handle.pid, descriptor)
             stack.callback(process.close)
-            folder, process_spec = plan.folder, plan.spec.process
+            seat, process_spec = seat_of(plan.spec.uid, plan.folder, handle), plan.spec.process
+            folder = seat.folder
             control = await Control.connect(folder / "qmp.sock", deadline_s=ADOPT_DEADLINE_S, alive=process.gone)
             stack.push_async_callback(control.close)
             main = ProcCarry(MAIN_PROC, offsets.get(1, 0), offsets.get(2, 0), stdin_open=process_spec.stdin)
@@ -142,10 +147,11 @@ class QemuDriver:
             if handle.template and self._cloner is not None:
                 await self._cloner.templates.adopt(handle.template, handle.pid)
             stack.pop_all()
-            return QemuEngine(plan.spec.uid, handle, Parts(process, control, link), self.cgroups)
+            return QemuEngine(seat.name, handle, Parts(process, control, link), self.cgroups)
 
     async def destroy(self, uid: str, folder: Path, handle: Handle | None) -> None:
         """See Driver.destroy."""
-        await self._vmms.destroy(uid, folder, handle)
+        seat = seat_of(uid, folder, handle)
+        await self._vmms.destroy(seat.name, seat.folder, handle)
         if handle is not None and handle.template and self._cloner is not None:
             self._cloner.templates.give(handle.template)

@@ -26,6 +26,8 @@ class Told(Exception):
 class Telling:
     """A driver that only tells."""
 
+    warming = None
+
     def __init__(self, name: str, asked: list[str]) -> None:
         self.name, self.asked = name, asked
 
