@@ -16,6 +16,7 @@ from typing import Any, Protocol, TypeVar
 import grpc
 import grpc.aio
 
+from controlplane.api.calls import keep_status
 from controlplane.api.channel import TlsFiles, connect
 from controlplane.api.identity import host_server_name
 from controlplane.api.status import Condition, parse_error
@@ -111,7 +112,7 @@ async def relay(
         except grpc.aio.UsageError:  # the client's call is over: so is its input
             return
 
-    async with aclosing(answers(open_call(inputs()), host)) as outputs:
+    async with aclosing(answers(keep_status(open_call(inputs())), host)) as outputs:
         try:
             async for output in outputs:
                 yield output

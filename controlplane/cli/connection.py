@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 import grpc
 import grpc.aio
 
+from controlplane.api.calls import keep_status
 from controlplane.api.channel import TlsFiles, connect
 from controlplane.api.status import DETAILS_TRAILER, Condition, Failure, parse_error
 from controlplane.api.v1 import hosts_pb2_grpc, images_pb2_grpc, sandboxes_pb2_grpc
@@ -130,7 +131,7 @@ def explained(failure: Failure) -> str:
 
 def open_stream(method: Any) -> Any:
     """A call of a stream-stream method that is written to and read from by hand (the stubs know no such call)."""
-    return method()
+    return keep_status(method())
 
 
 async def every_page(fetch: Callable[[str], Awaitable[Any]], rows: Callable[[Any], list[T]]) -> list[T]:

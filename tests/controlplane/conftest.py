@@ -10,6 +10,7 @@ from pathlib import Path
 import grpc.aio
 import pytest
 
+from controlplane.api.calls import keep_status
 from controlplane.api.channel import TlsFiles, connect
 from controlplane.api.identity import Identity, Role
 from controlplane.api.v1 import hosts_pb2_grpc, images_pb2, images_pb2_grpc, sandboxes_pb2, sandboxes_pb2_grpc
@@ -55,7 +56,7 @@ class Client:
         messages = [images_pb2.ImportImageRequest(start=start)]
         if size_bytes:
             messages.append(images_pb2.ImportImageRequest(chunk=bytes(size_bytes)))
-        answers = [answer async for answer in self.images.ImportImage(iter(messages), timeout=10)]
+        answers = [answer async for answer in keep_status(self.images.ImportImage(iter(messages), timeout=10))]
         return answers[-1].image
 
     async def create(

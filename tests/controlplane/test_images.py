@@ -8,6 +8,7 @@ from typing import Any
 import grpc.aio
 import pytest
 
+from controlplane.api.calls import keep_status
 from controlplane.api.identity import Role
 from controlplane.api.status import Condition, Failure, parse_error
 from controlplane.api.v1 import images_pb2, sandboxes_pb2
@@ -36,7 +37,7 @@ async def told(host: FakeHost, plane: Plane, count: int) -> None:
 
 
 async def uploaded(client: Client, messages: list[pb.ImportImageRequest]) -> list[pb.ImportImageResponse]:
-    call: Any = client.images.ImportImage(iter(messages), timeout=10)
+    call: Any = keep_status(client.images.ImportImage(iter(messages), timeout=10))
     return [answer async for answer in call]
 
 
@@ -99,7 +100,7 @@ async def test_an_import_that_is_wrong_is_told_with_its_field(
 async def test_without_a_host_an_import_is_told_to_come_again(plane: Plane) -> None:
     client = await plane.client()
     failure = await refused(uploaded(client, upload("base", b"x")))
-    assert (failure.condition, failure.reason) == (Condition.UNAVAILABLE, "NoHost")
+    assert (failure.condition, failure.reason) == (Condition.UNAVAILABLE, "NoHost"), failure
     assert failure.retry_after_s
     failure = await refused(uploaded(client, upload("base", b"x", host="h9")))
     assert failure.condition is Condition.NOT_FOUND

@@ -10,6 +10,7 @@ import grpc
 import grpc.aio
 import pytest
 
+from controlplane.api.calls import keep_status
 from controlplane.api.identity import Role
 from controlplane.api.status import Condition, parse_error
 from controlplane.api.v1 import sandboxes_pb2
@@ -28,7 +29,7 @@ def start(name: str, *argv: str) -> sandboxes_pb2.StreamInput:
 
 def opened(method: Any, first: sandboxes_pb2.StreamInput | None = None, timeout_s: float = 20.0) -> Any:
     """A call that is written by hand, or only `first` and then the end of input."""
-    return method(timeout=timeout_s) if first is None else method(iter([first]), timeout=timeout_s)
+    return keep_status(method(timeout=timeout_s) if first is None else method(iter([first]), timeout=timeout_s))
 
 
 async def running_box(plane: Plane) -> tuple[Client, FakeHost, sandboxes_pb2.Sandbox]:
@@ -195,6 +196,27 @@ async def test_what_a_host_refuses_comes_back_as_it_is(plane: Plane) -> None:
     assert failure.reason
 
 
+async def test_a_refusal_in_the_middle_of_a_flood_of_input_comes_back_as_it_is(plane: Plane) -> None:
+    """grpc.aio alone would tell INTERNAL in many of these, see api/calls.py."""
+    client, host, _ = await running_box(plane)
+
+    async def refuse(inputs: Inputs, context: Any) -> Outputs:
+        await anext(aiter(inputs))
+        await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, "no room: 7 MiB")
+        yield Output()
+
+    async def flood() -> AsyncIterator[sandboxes_pb2.StreamInput]:
+        yield start("box")
+        while True:
+            yield Input(stdin=CHUNK[:100])
+
+    host.exec = refuse
+    for _ in range(40):
+        call: Any = keep_status(client.sandboxes.ExecSandbox(flood(), timeout=20))
+        failure = await failure_of(call)
+        assert (failure.condition, failure.message) == (Condition.EXHAUSTED, "no room: 7 MiB")
+
+
 async def test_a_host_that_is_gone_is_named(plane: Plane, monkeypatch: pytest.MonkeyPatch) -> None:
     client, host, _ = await running_box(plane)
     monkeypatch.setattr("controlplane.relay.CONNECT_DEADLINE_S", 0.3)
@@ -233,7 +255,7 @@ async def test_input_that_is_wrong_is_told_with_its_field(
     plane: Plane, messages: list[sandboxes_pb2.StreamInput], reason: str, field: str
 ) -> None:
     client, _, _ = await running_box(plane)
-    call: Any = client.sandboxes.ExecSandbox(iter(messages), timeout=10)
+    call: Any = keep_status(client.sandboxes.ExecSandbox(iter(messages), timeout=10))
     failure = await failure_of(call)
     assert (failure.condition, failure.reason) == (Condition.INVALID, reason)
     assert [problem.field for problem in failure.fields] == [field]
