@@ -65,6 +65,14 @@ struct world {
     int mnt_fd, ipc_fd, pts_fd, proc_fd;
 };
 
+/* The workload's cgroup, in which it can be made to stand still. */
+struct freezer {
+    int group_fd; /* -1: there is none, on a build machine */
+    bool frozen;
+    uint32_t id; /* FREEZE's request while it is not all still, else 0 */
+    uint64_t deadline_ms, retry_ms;
+};
+
 /* What CONFIGURE asked for, kept while its layers' devices are waited for. */
 struct pending_configure {
     uint32_t id;    /* 0: none is pending */
@@ -95,6 +103,7 @@ struct agent {
     uint32_t proc_end, next_turn; /* slots in use are below proc_end; whose output is first next time */
     uint32_t generation;
     struct world world;
+    struct freezer freezer;
     struct pending_configure pending;
     enum shutdown_phase shutdown;
     uint64_t shutdown_ms; /* when its phase is over */
@@ -164,6 +173,15 @@ void world_kill(struct agent *agent);
 void world_leave(struct agent *agent); /* at the end, on a build machine */
 int identity_kernel(struct agent *agent, const struct configure *configure);
 int identity_files(struct agent *agent);
+
+/* freezer.c */
+void freezer_open(struct agent *agent);
+pid_t freezer_fork(const struct agent *agent); /* fork(2), the child in the workload's cgroup */
+int freeze_begin(struct agent *agent, const struct message *message); /* 0: the reply comes later */
+void freeze_step(struct agent *agent, uint64_t now);
+void freeze_cancel(struct agent *agent);
+int thaw(struct agent *agent);
+int renew(struct agent *agent, const struct configure *identity);
 
 /* boot.c */
 void boot(struct agent *agent);

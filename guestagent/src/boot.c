@@ -77,6 +77,7 @@ void boot(struct agent *agent) {
     mount_one("sysfs", "/sys", MS_NOSUID | MS_NODEV | MS_NOEXEC);
     mount_one("devtmpfs", "/dev", MS_NOSUID | MS_NOEXEC);
     standard_files();
+    freezer_open(agent);
     reboot(RB_DISABLE_CAD);
     /* Before virtio_mem comes: what is plugged shall be free to be unplugged, so never kernel memory. */
     write_once("/sys/devices/system/memory/auto_online_blocks", "online_movable");

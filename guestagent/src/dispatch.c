@@ -1,4 +1,5 @@
-/* What each message does. A request gets exactly one REPLY, here or (START, CONFIGURE) when it is done. */
+/* What each message does. A request gets exactly one REPLY, here or (START, CONFIGURE, FREEZE) when it is
+ * done. */
 #include <errno.h>
 #include <signal.h>
 #include <string.h>
@@ -142,6 +143,13 @@ static int request(struct agent *agent, const struct message *message) {
     case KIND_PREPARE:
         error = prepare_begin(agent, message);
         return error ? error : ALREADY;
+    case KIND_FREEZE:
+        error = freeze_begin(agent, message);
+        return error ? error : ALREADY;
+    case KIND_THAW:
+        return thaw(agent);
+    case KIND_RENEW:
+        return renew(agent, &message->of.configure);
     case KIND_START:
         error = proc_start(agent, message);
         return error ? error : ALREADY;
@@ -209,6 +217,7 @@ void session_end(struct agent *agent) {
     tx_reset(&agent->tx);
     agent->greeted = false;
     configure_cancel(agent);
+    freeze_cancel(agent);
     for (uint32_t i = 0; i < agent->proc_end; i++) {
         struct proc *proc = &agent->procs[i];
         proc->start_id = 0;

@@ -100,11 +100,13 @@ static int deadlines(struct agent *agent) {
     uint64_t now = now_ms();
     uint64_t next = procs_linger(agent, now);
     configure_step(agent, now);
+    freeze_step(agent, now);
     shutdown_step(agent, now);
     if (agent->oom_check_ms != 0 && now >= agent->oom_check_ms) {
         oom_check(agent);
     }
     uint64_t others[] = {agent->pending.id ? agent->pending.retry_ms : 0,
+                         agent->freezer.id ? agent->freezer.retry_ms : 0,
                          agent->shutdown ? agent->shutdown_ms : 0, agent->oom_check_ms};
     for (unsigned i = 0; i < sizeof(others) / sizeof(others[0]); i++) {
         if (others[i] != 0 && others[i] < next) {

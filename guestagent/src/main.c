@@ -44,7 +44,7 @@ static bool prepare(void) {
     signal(SIGPIPE, SIG_IGN);
     agent.epoll_fd = epoll_create1(EPOLL_CLOEXEC);
     agent.signal_fd = signalfd(-1, &children, SFD_NONBLOCK | SFD_CLOEXEC);
-    agent.port_fd = agent.listener_fd = agent.pressure_fd = -1;
+    agent.port_fd = agent.listener_fd = agent.pressure_fd = agent.freezer.group_fd = -1;
     if (rx == NULL || tx == NULL || agent.epoll_fd < 0 || agent.signal_fd < 0) {
         return false;
     }

@@ -113,25 +113,28 @@ static const char *parse_layers(const msgpack_object *map, struct configure *to)
     return take_uint(field(map, "deadline_ms"), 1, UINT32_MAX, &to->deadline_ms) ? NULL : "deadline_ms";
 }
 
-static const char *parse_configure(const msgpack_object *map, struct configure *to) {
+/* What CONFIGURE and RENEW share. */
+static const char *parse_identity(const msgpack_object *map, struct configure *to) {
     if (!take_bytes(field(map, "hostname"), 1, MAX_HOSTNAME_BYTES, &to->hostname) ||
         !hostname_ok(&to->hostname)) {
-        return "CONFIGURE: hostname";
-    }
-    if (!take_uint(field(map, "upper_mib"), 1, UINT32_MAX, &to->upper_mib)) {
-        return "CONFIGURE: upper_mib";
+        return "hostname";
     }
     if (!take_bytes(field(map, "entropy"), MIN_ENTROPY_BYTES, MAX_ENTROPY_BYTES, &to->entropy)) {
-        return "CONFIGURE: entropy";
+        return "entropy";
     }
     if (!take_bytes(field(map, "machine_id"), MACHINE_ID_BYTES, MACHINE_ID_BYTES, &to->machine_id) ||
         !hex_ok(&to->machine_id)) {
-        return "CONFIGURE: machine_id";
+        return "machine_id";
     }
-    if (!take_uint(field(map, "time_unix_ns"), 1, INT64_MAX, &to->time_unix_ns)) {
-        return "CONFIGURE: time_unix_ns";
+    return take_uint(field(map, "time_unix_ns"), 1, INT64_MAX, &to->time_unix_ns) ? NULL : "time_unix_ns";
+}
+
+static const char *parse_configure(const msgpack_object *map, struct configure *to) {
+    const char *wrong = parse_identity(map, to);
+    if (wrong == NULL && !take_uint(field(map, "upper_mib"), 1, UINT32_MAX, &to->upper_mib)) {
+        wrong = "upper_mib";
     }
-    return parse_layers(map, to);
+    return wrong ? wrong : parse_layers(map, to);
 }
 
 static const char *parse_start(const msgpack_object *map, uint32_t *proc, struct start *to) {
@@ -168,9 +171,14 @@ static const char *parse_fields(const msgpack_object *at, struct message *to) {
         return at[0].type == MSGPACK_OBJECT_MAP ? parse_configure(&at[0], &to->of.configure) : "CONFIGURE";
     case KIND_PREPARE:
         return at[0].type == MSGPACK_OBJECT_MAP ? parse_layers(&at[0], &to->of.configure) : "PREPARE";
+    case KIND_RENEW:
+        return at[0].type == MSGPACK_OBJECT_MAP ? parse_identity(&at[0], &to->of.configure) : "RENEW";
+    case KIND_FREEZE:
+        return take_uint(&at[0], 1, UINT32_MAX, &to->of.deadline_ms) ? NULL : "FREEZE: deadline_ms";
     case KIND_START:
         return at[0].type == MSGPACK_OBJECT_MAP ? parse_start(&at[0], &to->proc, &to->of.start) : "START";
     case KIND_STATS:
+    case KIND_THAW:
         return NULL;
     case KIND_SHUTDOWN:
         return take_uint(&at[0], 0, UINT32_MAX, &to->of.grace_ms) ? NULL : "SHUTDOWN: grace_ms";
@@ -207,7 +215,7 @@ static const char *parse_fields(const msgpack_object *at, struct message *to) {
 
 const char *message_parse(const uint8_t *payload, size_t size, msgpack_unpacked *room,
                           struct message *message) {
-    static const uint8_t fields[KIND_PREPARE + 1] = {0, 1, 1, 1, 4, 3, 2, 3, 0, 1, 1, 1};
+    static const uint8_t fields[KIND_THAW + 1] = {0, 1, 1, 1, 4, 3, 2, 3, 0, 1, 1, 1, 1, 1, 0};
     size_t offset = 0;
     uint64_t kind = 0;
     memset(message, 0, sizeof(*message));
@@ -219,7 +227,7 @@ const char *message_parse(const uint8_t *payload, size_t size, msgpack_unpacked 
         return "not a msgpack array";
     }
     const msgpack_object *at = room->data.via.array.ptr;
-    if (!take_uint(&at[0], KIND_HELLO, KIND_PREPARE, &kind) || !take_u32(&at[1], 0, &message->id)) {
+    if (!take_uint(&at[0], KIND_HELLO, KIND_THAW, &kind) || !take_u32(&at[1], 0, &message->id)) {
         return "kind is not one of the host's, or id is no u32";
     }
     message->kind = (enum kind)kind;

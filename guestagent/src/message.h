@@ -38,6 +38,9 @@ enum kind {
     KIND_SHUTDOWN = 9,
     KIND_FORGET = 10,
     KIND_PREPARE = 11,
+    KIND_RENEW = 12,
+    KIND_FREEZE = 13,
+    KIND_THAW = 14,
     KIND_REPLY = 64,
     KIND_OUTPUT = 65,
     KIND_EXITED = 66,
@@ -50,7 +53,7 @@ struct bytes {
     size_t size;
 };
 
-/* Of PREPARE only layers and deadline_ms. */
+/* Of PREPARE only layers and deadline_ms; of RENEW all but layers, upper_mib and deadline_ms. */
 struct configure {
     struct bytes hostname, entropy, machine_id;
     struct bytes layers[MAX_LAYERS]; /* UUID_BYTES each, lowest first */
@@ -86,7 +89,7 @@ struct message {
         struct {
             uint16_t rows, cols;
         } size;
-        uint64_t grace_ms;
+        uint64_t grace_ms, deadline_ms;
     } of;
 };
 

@@ -82,7 +82,7 @@ static int fork_child(struct agent *agent, const struct start *start, struct end
         .err = ends->err[1],
         .status = ends->status[1],
     };
-    *pid = fork();
+    *pid = freezer_fork(agent);
     if (*pid == 0) {
         child_run(&child);
     }

@@ -207,7 +207,7 @@ int world_start(struct agent *agent) {
         return because(agent, errno, "pipe", "");
     }
     agent->world.ended = false;
-    agent->world.init = fork();
+    agent->world.init = freezer_fork(agent);
     if (agent->world.init == 0) {
         close(status[0]);
         close(go[1]);
