@@ -3,12 +3,12 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.ready
-SOURCES := $(wildcard native/*.[ch] native/src/*.[ch] guestagent/src/*.[ch] hostd/drivers/oci/src/*.[ch]) setup.py pyproject.toml
+SOURCES := $(wildcard native/*.[ch] native/src/*.[ch] guestagent/src/*.[ch] hostd/drivers/oci/src/*.[ch] hostd/drivers/qemu/src/*.c) setup.py pyproject.toml
 PROTOS := $(wildcard controlplane/api/v1/*.proto)
 C_FILES := $(shell git ls-files '*.c' '*.h' 2>/dev/null)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-quick lint bench bench-sharing bench-start bench-erofs bench-balloon-host proto clean
+.PHONY: help setup demo test test-quick lint bench bench-sharing bench-start bench-erofs bench-balloon-host bench-classes proto clean
 
 help: ## show this help
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -37,7 +37,7 @@ lint: setup ## ruff, strict mypy, clang-format
 	$(BIN)/mypy
 	clang-format --dry-run --Werror $(C_FILES)
 
-bench: bench-erofs bench-sharing bench-start bench-balloon-host ## every benchmark: a table and a JSON line each
+bench: bench-erofs bench-sharing bench-start bench-balloon-host bench-classes ## every benchmark: a table and a JSON line each
 
 bench-erofs: setup ## layer conversion against tar -x and mkfs.erofs
 	$(BIN)/python -m tests.bench.bench_erofs
@@ -50,6 +50,9 @@ bench-start: setup ## cold start by phase
 
 bench-balloon-host: setup ## punching a recorded list of frames: coalesced against page by page
 	$(BIN)/python -m tests.bench.bench_balloon_host
+
+bench-classes: setup ## user-kernel and host-kernel sandboxes against bare runsc and crun; 50 of one image in memory
+	$(BIN)/python -m tests.bench.bench_classes
 
 proto: setup ## generate the API's Python from the protos
 	$(BIN)/python -m grpc_tools.protoc -I. --plugin=protoc-gen-mypy=$(BIN)/protoc-gen-mypy \
