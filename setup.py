@@ -11,12 +11,14 @@ C_FLAGS = ["-std=c11", "-O2", "-g", "-Wall", "-Wextra", "-Werror", "-D_GNU_SOURC
 
 
 class BuildNative(build_ext):
-    """Also builds sandloom-agent, PID 1 of each guest, and sandloom-monitor, which each OCI sandbox has beside it."""
+    """Also builds sandloom-agent, PID 1 of each guest, sandloom-monitor, which each OCI sandbox has beside it, and
+    sandloom-nopunch, which restored guests are started by."""
 
     def run(self) -> None:
         super().run()
         subprocess.run(["make", "-s", "-C", str(ROOT / "guestagent" / "src")], check=True)
         subprocess.run(["make", "-s", "-C", str(ROOT / "hostd" / "drivers" / "oci" / "src")], check=True)
+        subprocess.run(["make", "-s", "-C", str(ROOT / "hostd" / "drivers" / "qemu" / "src")], check=True)
 
 
 def files(*patterns: str) -> list[str]:

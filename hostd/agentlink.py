@@ -26,6 +26,7 @@ from guestagent.messages import (
     HelloReceived,
     Output,
     Prepare,
+    Renew,
     ReplyReceived,
     StartProcess,
     Stream,
@@ -33,7 +34,15 @@ from guestagent.messages import (
 )
 from guestagent.protocol import AgentSession, SessionCarry
 from hostd.agentprocess import AgentProcess
-from hostd.errors import AgentLost, CommandFailed, HostdError, InvalidSpec, ShortOfResources, StartFailed
+from hostd.errors import (
+    AgentLost,
+    CommandFailed,
+    HostdError,
+    InvalidSpec,
+    NotRunning,
+    ShortOfResources,
+    StartFailed,
+)
 from hostd.tasks import OwnedTasks
 
 REPLY_DEADLINE_S = 30.0
@@ -188,6 +197,29 @@ class AgentLink:
             await self.request(lambda session: session.configure(configure), configure.deadline_ms / 1000 + 10)
         except GuestRefused as refusal:
             raise StartFailed(f"the guest could not be set up: {refusal}", reason="ConfigureFailed") from refusal
+
+    async def freeze(self, deadline_s: float) -> None:
+        """Has the workload stand still, and returns when it does. NotRunning with the guest's words when it cannot;
+        then it goes on."""
+        try:
+            await self.request(lambda session: session.freeze(int(deadline_s * 1000)), deadline_s + 10)
+        except GuestRefused as refusal:
+            raise NotRunning(f"the workload cannot be frozen: {refusal}", reason="CannotFreeze") from refusal
+
+    async def thaw(self) -> None:
+        """Lets a frozen workload go on; nothing happens when it is not frozen, or the agent knows of no freezing."""
+        try:
+            await self.request(lambda session: session.thaw())
+        except GuestRefused as refusal:
+            if refusal.errno != errno.EINVAL:
+                raise AgentLost(str(refusal), reason="AgentRefused") from refusal
+
+    async def renew(self, renew: Renew) -> None:
+        """Makes a frozen copy of a guest a sandbox of its own and lets its workload go on. StartFailed."""
+        try:
+            await self.request(lambda session: session.renew(renew))
+        except GuestRefused as refusal:
+            raise StartFailed(f"the copy could not be made its own: {refusal}", reason="RenewFailed") from refusal
 
     async def spawn(self, start: StartProcess) -> AgentProcess:
         """Starts a process. CommandFailed (127 not found, 126 cannot be run) with the guest's words. Cancelled, or

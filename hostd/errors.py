@@ -94,3 +94,21 @@ class TemplateUnusable(HostdError):
     """A template is damaged or does not fit: boot cold and make it anew."""
 
     reason = "TemplateUnusable"
+
+
+class CannotCheckpoint(HostdError):
+    """What runs has something that a checkpoint cannot carry: the message names it and what to do about it."""
+
+    reason = "CannotCheckpoint"
+
+
+class CheckpointFailed(HostdError):
+    """No checkpoint was made, and the sandbox goes on: the message says where it failed. Try again."""
+
+    reason = "CheckpointFailed"
+
+
+class CheckpointUnusable(HostdError):
+    """A checkpoint is gone, damaged, or of another QEMU or CPU than this host's: make it anew."""
+
+    reason = "CheckpointUnusable"

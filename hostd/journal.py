@@ -37,6 +37,9 @@ class Handle:
     elastic_mib: int
     vcpus: int
     template: str = ""  # the key of what it was cloned from
+    checkpoint: str = ""  # the id of what it was restored from
+    device_mib: int = 0  # the elastic device's size, of which elastic_mib may be used; 0: not known
+    plugged: bool = False  # its layers came by hot-plug
     member: str = ""  # the pool member that it was claimed as: its cgroup and directory go by that name
 
 

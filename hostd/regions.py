@@ -5,12 +5,13 @@ from __future__ import annotations
 from hostd.drivers.contract import Region
 from native import _dax
 
-RAM_PREFIXES = ("/memfd:memory-backend-memfd", "/memfd:sandloom-template")
+RAM_PREFIXES = ("/memfd:memory-backend-memfd", "/memfd:sandloom-template", "/memfd:sandloom-checkpoint")
 LAYER_SUFFIX = "/blob"
 
 
 def kind_of(path: str) -> str:
-    """What a mapping of `path` is: guest RAM is in named memfds (QEMU's own, or a template's), layers are the store's
+    """What a mapping of `path` is: guest RAM is in named memfds (QEMU's own, a template's, a
+    checkpoint's), layers are the store's
     blobs."""
     if path.startswith(RAM_PREFIXES):
         return "ram"

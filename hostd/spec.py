@@ -113,6 +113,7 @@ class SandboxSpec:
     stop_grace_s: float = 10.0
     remove_on_exit: bool = False
     cold: bool = False  # boot, even where a template could be cloned
+    checkpoint: str = ""  # go on from this one instead of starting
     sandbox_class: SandboxClass = SandboxClass.GUEST_KERNEL
 
     def __post_init__(self) -> None:

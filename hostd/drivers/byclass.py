@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from hostd.drivers.contract import Driver, Engine, StartPlan
+from hostd.drivers.contract import Checkpointing, Driver, Engine, StartPlan
 from hostd.errors import HostdError, InvalidSpec
 from hostd.journal import Handle
 from hostd.spec import SandboxClass
@@ -47,6 +47,12 @@ class ByClass:
                 reason="ClassMissing",
             )
         return self.drivers[asked]
+
+    @property
+    def checkpointing(self) -> Checkpointing | None:
+        """Of guests only."""
+        guests = self.drivers.get(SandboxClass.GUEST_KERNEL)
+        return guests.checkpointing if guests is not None else None
 
     async def start(self, plan: StartPlan, made: Callable[[Handle], None]) -> Engine:
         """See Driver.start."""

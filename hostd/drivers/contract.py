@@ -6,10 +6,10 @@ implementation passes tests/contract/driver_suite.py.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, BinaryIO, Protocol
 
 from hostd.journal import Handle
 from hostd.spec import Command, Resources, SandboxSpec
@@ -193,8 +193,70 @@ class Warming(Protocol):
         ...
 
 
+class CheckpointMemory(Protocol):
+    """A checkpoint's memory, open on this host. Who got it closes it; what was restored from it lives on."""
+
+    def held_bytes(self) -> int:
+        """How much of the host's memory it takes, whether anything was restored from it or not."""
+        ...
+
+    def write(self, about: bytes, out: BinaryIO) -> None:
+        """Writes the whole checkpoint to `out`, a new file at its start, `about` among it. Blocks."""
+        ...
+
+    def close(self) -> None:
+        """Lets go of it, once."""
+        ...
+
+
+@dataclass(frozen=True)
+class TakenCheckpoint:
+    """A checkpoint that is in memory only. `form` is what an engine must be restored as, plain JSON, the driver's own;
+    `offsets` how much of each stream of main this host had recorded; `pause_s` how long the workload stood still."""
+
+    memory: CheckpointMemory
+    form: Mapping[str, object]
+    offsets: Mapping[int, int]
+    pause_s: float
+
+
+class Checkpointing(Protocol):
+    """What a driver has on top that can copy a running engine and go on from the copy."""
+
+    async def checkpoint(self, engine: Engine, offsets: Callable[[], dict[int, int]]) -> TakenCheckpoint:
+        """Copies a running engine, which goes on, whatever happens. CheckpointFailed; NotRunning or CannotCheckpoint
+        when it is in no state for it. `offsets` is asked while it stands still."""
+        ...
+
+    def read_about(self, path: Path) -> bytes:
+        """What was given to CheckpointMemory.write with the checkpoint in file `path`. CheckpointUnusable. Blocks."""
+        ...
+
+    def load(self, path: Path) -> Any:
+        """The CheckpointMemory in file `path`, for restore. CheckpointUnusable. Blocks."""
+        ...
+
+    async def restore(
+        self,
+        plan: StartPlan,
+        memory: Any,
+        form: Mapping[str, object],
+        offsets: Mapping[int, int],
+        made: Callable[[Handle], None],
+    ) -> Engine:
+        """An engine that goes on from a checkpoint as sandbox `plan`, with identity, clock and randomness of its own
+        before any process in it runs. resume() gives its main process; other processes are ended. `memory` is the
+        driver's own and may be closed afterwards. `made` as in start. On any error nothing of it is left."""
+        ...
+
+
 class Driver(Protocol):
     """Makes engines, and cleans up after them."""
+
+    @property
+    def checkpointing(self) -> Checkpointing | None:
+        """None: engines of this driver cannot be checkpointed."""
+        ...
 
     @property
     def warming(self) -> Warming | None:

@@ -52,6 +52,8 @@ class Faults:
 class FakeDriver:
     """Implements hostd.drivers.contract.Driver."""
 
+    checkpointing = None
+
     def __init__(self, programs: Mapping[str, Program] = PROGRAMS, *, accel: str = "fake") -> None:
         self.programs, self.accel = programs, accel
         self.faults = Faults()

@@ -65,6 +65,7 @@ class OciDriver:
     """Implements hostd.drivers.contract.Driver."""
 
     warming = None
+    checkpointing = None
 
     def __init__(
         self,

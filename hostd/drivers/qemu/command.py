@@ -12,6 +12,9 @@ The machine is q35 without what no guest of ours uses. Facts behind the options 
   14 MB that QEMU keeps of them in its heap.
 - a clone's base RAM is a private mapping (share=off) of the template's sealed memfd, opened by /proc/self/fd/N, which
   QEMU inherits. No device that discards base RAM may ever be given to it: it would punch the shared file.
+- a restored guest's elastic memory is a private mapping of its checkpoint's sealed memfd likewise. virtio-mem does
+  discard; sandloom-nopunch (src/nopunch.c) turns its punching into nothing, and what remains (MADV_DONTNEED) drops
+  the guest's own pages only.
 """
 
 from __future__ import annotations
@@ -38,7 +41,7 @@ KERNEL_COMMAND_LINE = "console=ttyS0 panic=-1 quiet swiotlb=noforce psi=1 memhp_
 
 @dataclass(frozen=True)
 class RamFile:
-    """Base RAM in an inherited memfd: shared while a template boots on it, private for its clones."""
+    """Base or elastic RAM in an inherited memfd: shared while a template boots on it, private for clones and forks."""
 
     descriptor: int
     private: bool
@@ -58,7 +61,9 @@ class GuestShape:
     layers: tuple[LayerFile, ...] = ()
     layers_as: str = "pmem"  # or "blk": virtio-blk, the peer that benchmarks measure us against
     ram: RamFile | None = None  # None: a memfd of its own
+    elastic: RamFile | None = None  # of a restored guest: its checkpoint's
     hotplug_ports: int = 0  # each takes FUNCTIONS layers while the guest runs
+    plugged: tuple[LayerFile, ...] = ()  # of a restored guest: layers that stand in those ports already
     restored: bool = False  # waits for a device state instead of booting
 
     @property
@@ -78,7 +83,8 @@ def qemu_argv(shape: GuestShape, binary: str = "qemu-system-x86_64") -> list[str
         raise InvalidSpec(f"the image has {len(shape.layers)} layers; a guest takes {MAX_LAYERS}: squash some")
     start = ["-incoming", "defer"] if shape.restored else _kernel(shape)
     ports = _hotplug_ports(shape.hotplug_ports)
-    return [binary, *_machine(shape), *_memory(shape), *_control(shape), *ports, *_layers(shape), *start]
+    plugged = _plugged(shape.plugged)
+    return [binary, *_machine(shape), *_memory(shape), *_control(shape), *ports, *_layers(shape), *plugged, *start]
 
 
 def _machine(shape: GuestShape) -> list[str]:
@@ -105,7 +111,7 @@ def _memory(shape: GuestShape) -> list[str]:
     ]  # fmt: skip
     if elastic:
         argv += [
-            "-object", f"memory-backend-memfd,id=vm0,size={elastic}M,share=on,reserve=off",
+            "-object", _elastic_ram(shape, elastic),
             "-device", f"virtio-mem-pci,id=vmem0,memdev=vm0,requested-size=0,block-size={BLOCK_MIB}M,addr=3",
         ]  # fmt: skip
     return argv
@@ -116,6 +122,13 @@ def _base_ram(shape: GuestShape) -> str:
         return f"memory-backend-memfd,id=ram0,size={shape.memory.base_mib}M,share=on"
     path, share = f"/proc/self/fd/{shape.ram.descriptor}", "off" if shape.ram.private else "on"
     return f"memory-backend-file,id=ram0,size={shape.memory.base_mib}M,mem-path={path},share={share}"
+
+
+def _elastic_ram(shape: GuestShape, size_mib: int) -> str:
+    if shape.elastic is None:
+        return f"memory-backend-memfd,id=vm0,size={size_mib}M,share=on,reserve=off"
+    path = f"/proc/self/fd/{shape.elastic.descriptor}"
+    return f"memory-backend-file,id=vm0,size={size_mib}M,mem-path={path},share=off,reserve=off"
 
 
 def _hotplug_ports(count: int) -> list[str]:
@@ -152,6 +165,24 @@ def hot_plugs(layers: tuple[LayerFile, ...]) -> list[HotPlug]:
         plugs.append(HotPlug(backend, device))
     ports = [plugs[start : start + FUNCTIONS] for start in range(0, len(plugs), FUNCTIONS)]
     return [plug for port_plugs in ports for plug in reversed(port_plugs)]
+
+
+def _plugged(layers: tuple[LayerFile, ...]) -> list[str]:
+    """What hot_plugs() plugs, as options: a restored guest has it from the start, in the same order, so that the same
+    device gets the same address."""
+    argv: list[str] = []
+    for plug in hot_plugs(layers):
+        argv += ["-object", _option("qom-type", plug.backend), "-device", _option("driver", plug.device)]
+    return argv
+
+
+def _option(first: str, values: dict[str, object]) -> str:
+    rest = {key: value for key, value in values.items() if key != first}
+    return ",".join([str(values[first]), *(f"{key}={_word(value)}" for key, value in rest.items())])
+
+
+def _word(value: object) -> str:
+    return ("on" if value else "off") if isinstance(value, bool) else str(value).replace(",", ",,")
 
 
 def _control(shape: GuestShape) -> list[str]:
@@ -195,15 +226,19 @@ def _kernel(shape: GuestShape) -> list[str]:
     return ["-kernel", str(shape.kernel), "-initrd", str(shape.initrd), "-append", KERNEL_COMMAND_LINE]
 
 
-def launcher_argv(argv: list[str], *, uid: int, gids: list[int], cgroup_procs: list[Path]) -> list[str]:
+def launcher_argv(
+    argv: list[str], *, uid: int, gids: list[int], cgroup_procs: list[Path], through: tuple[str, ...] = ()
+) -> list[str]:
     """`argv` wrapped so that the process joins its cgroups while root, then loses root for good.
 
-    One pid through all of it (each step execs the next): sh joins, setpriv(1) drops."""
+    One pid through all of it (each step execs the next): sh joins, `through` does what it does as root still,
+    setpriv(1) drops."""
     join = "".join('echo $$ > "$%d"; ' % (n + 1) for n in range(len(cgroup_procs)))  # noqa: UP031
     groups = ",".join(map(str, gids))
     return [
         "/bin/sh", "-ec", f"{join}shift {len(cgroup_procs)}; ulimit -c 0; exec \"$@\"", "sandloom-vmm",
         *map(str, cgroup_procs),
+        *through,
         "setpriv", f"--reuid={uid}", f"--regid={uid}", f"--groups={groups}" if gids else "--clear-groups",
         "--inh-caps=-all", "--ambient-caps=-all", "--bounding-set=-all", "--no-new-privs", "--",
         *argv,

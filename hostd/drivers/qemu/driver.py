@@ -17,7 +17,9 @@ from guestagent.messages import MAIN_PROC
 from guestagent.protocol import ProcCarry, SessionCarry
 from hostd.agentlink import AgentLink
 from hostd.cgroups import Hierarchy
-from hostd.drivers.contract import Engine, StartPlan
+from hostd.drivers.contract import Checkpointing, Engine, StartPlan
+from hostd.drivers.qemu.checkpointing import QemuCheckpointing
+from hostd.drivers.qemu.checkpointtaking import go_on
 from hostd.drivers.qemu.cloning import Cloner
 from hostd.drivers.qemu.command import GuestShape
 from hostd.drivers.qemu.control import Control
@@ -54,6 +56,9 @@ class QemuDriver:
         self.kernel, self.accel, self.cgroups = kernel, accel, cgroups
         self._vmms, self._layers_as, self._cloner = Vmms(cgroups, boot_deadline_s), layers_as, cloner
         self._clock, self._time_ns = clock, time_ns
+        self.checkpointing: Checkpointing | None = QemuCheckpointing(
+            kernel, accel, self._vmms, cgroups, clock=clock, time_ns=time_ns
+        )
         self.warming = None if cloner is None else QemuWarming(cloner, self._vmms, self._settle, clock=clock)
 
     async def start(self, plan: StartPlan, made: Callable[[Handle], None]) -> Engine:
@@ -144,6 +149,7 @@ class QemuDriver:
                 folder / "agent.sock", deadline_s=ADOPT_DEADLINE_S, gone=process.gone, carry=SessionCarry(procs=(main,))
             )
             stack.push_async_callback(link.close)
+            await go_on(control, link.thaw)  # a former hostd may have died while it took a checkpoint
             if handle.template and self._cloner is not None:
                 await self._cloner.templates.adopt(handle.template, handle.pid)
             stack.pop_all()

@@ -22,6 +22,7 @@ from hostd.journal import Handle
 from hostd.process import WatchedProcess
 from hostd.regions import regions_of
 from hostd.spec import Command, MemoryShape, Resources
+from hostd.turnstile import Turnstile
 
 EXIT_LAG_S = 0.5
 
@@ -45,9 +46,13 @@ class QemuEngine:
         parts: Parts,
         cgroups: Hierarchy,
         start_phases: tuple[tuple[str, float], ...] = (),
+        resumed: AgentProcess | None = None,
     ) -> None:
         self.handle, self.start_phases = handle, start_phases
         self.origin = ""
+        self.turnstile = Turnstile()
+        """Starts of processes go through it; a checkpoint is taken alone."""
+        self._resumed = resumed
         self._uid, self._parts, self._cgroups = uid, parts, cgroups
         self._shape = MemoryShape(handle.base_mib, handle.elastic_mib)
 
@@ -55,6 +60,11 @@ class QemuEngine:
     def link(self) -> AgentLink:
         """The agent's link, for tests and for adoption."""
         return self._parts.link
+
+    @property
+    def control(self) -> Control:
+        """QEMU's control session, for checkpoints."""
+        return self._parts.control
 
     async def wait_gone(self) -> Loss:
         """See Engine.wait_gone."""
@@ -73,12 +83,15 @@ class QemuEngine:
             start = start_of(command, MAIN_PROC if main else link.new_proc())
         except BadRequest as error:
             raise InvalidSpec(f"{command.argv[0] if command.argv else 'command'}: {error}") from error
-        return await link.spawn(start)
+        async with self.turnstile.through():
+            return await link.spawn(start)
 
     def resume(self) -> AgentProcess | None:
         """See Engine.resume."""
         link = self._parts.link
-        main: AgentProcess | None = None
+        main, self._resumed = self._resumed, None
+        if main is not None:
+            return main
         for state in link.guest.procs:
             process = link.follow(state.proc)
             if state.proc == MAIN_PROC:

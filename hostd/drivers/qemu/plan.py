@@ -108,16 +108,20 @@ def clone_memory(template: MemoryShape, resources: Resources) -> MemoryShape:
     return MemoryShape(template.base_mib, min(template.elastic_mib, elastic))
 
 
+def machine_id_of(spec: SandboxSpec) -> bytes:
+    """32 hex digits that follow from the uid, so that they are the same after a restart."""
+    return hashlib.sha256(b"sandloom machine-id " + spec.uid.encode()).hexdigest()[:32].encode()
+
+
 def configure_for(spec: SandboxSpec, layers: tuple[bytes, ...], *, entropy: bytes, now_ns: int) -> Configure:
-    """The identity of one sandbox. The machine id follows from the uid, so that it is the same after a restart."""
-    machine_id = hashlib.sha256(b"sandloom machine-id " + spec.uid.encode()).hexdigest()[:32]
+    """The identity of one sandbox."""
     last_wins = tuple(reversed(dict.fromkeys(reversed(layers))))  # of equal layers the topmost decides
     return Configure(
         hostname=spec.hostname.encode(),
         layers=last_wins,
         upper_mib=max(16, spec.resources.memory_max_mib // 2),
         entropy=entropy,
-        machine_id=machine_id.encode(),
+        machine_id=machine_id_of(spec),
         time_unix_ns=now_ns,
         deadline_ms=LAYER_DEADLINE_MS,
     )

@@ -14,6 +14,8 @@ from hostd.errors import ControlLost, StartFailed
 
 STATE_DEADLINE_S = 60.0
 _FD_NAME = "sandloom-state"
+_UNBOUNDED = 1 << 40
+"""Bytes a second: QEMU's own 128 MiB/s are for networks, this goes to memory while the guest stands still."""
 
 
 async def _prepare(control: Control) -> None:
@@ -22,21 +24,27 @@ async def _prepare(control: Control) -> None:
 
 
 async def save_state(control: Control, *, deadline_s: float = STATE_DEADLINE_S) -> bytes:
-    """Stops the guest and returns its device state. It stays stopped. StartFailed when QEMU cannot.
-
-    QEMU may not open or exec anything (its seccomp filter, its uid), so it is handed a descriptor."""
+    """Stops the guest and returns its device state. It stays stopped. StartFailed when QEMU cannot."""
     descriptor = os.memfd_create("sandloom-state", os.MFD_CLOEXEC)
     try:
         await control.execute("stop")
-        await _prepare(control)
-        await control.give_descriptor(_FD_NAME, descriptor)
-        status = await control.migration("migrate", f"fd:{_FD_NAME}", deadline_s=deadline_s)
-        if status != "completed":
-            info = await control.execute("query-migrate")
-            raise StartFailed(f"the guest's state could not be saved: {info.get('error-desc', status)}")
+        await save_stream(control, descriptor, deadline_s=deadline_s)
         return await asyncio.to_thread(os.pread, descriptor, os.fstat(descriptor).st_size, 0)
     finally:
         os.close(descriptor)
+
+
+async def save_stream(control: Control, descriptor: int, *, deadline_s: float = STATE_DEADLINE_S) -> None:
+    """Writes a stopped guest's state, and what of its RAM is mapped privately, to `descriptor`. StartFailed.
+
+    QEMU may not open or exec anything (its seccomp filter, its uid), so it is handed the descriptor."""
+    await _prepare(control)
+    await control.execute("migrate-set-parameters", **{"max-bandwidth": _UNBOUNDED})
+    await control.give_descriptor(_FD_NAME, descriptor)
+    status = await control.migration("migrate", f"fd:{_FD_NAME}", deadline_s=deadline_s)
+    if status != "completed":
+        info = await control.execute("query-migrate")
+        raise StartFailed(f"the guest's state could not be saved: {info.get('error-desc', status)}")
 
 
 async def load_state(

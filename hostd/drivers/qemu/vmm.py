@@ -15,6 +15,7 @@ from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
+from guestagent.protocol import SessionCarry
 from hostd.agentlink import AgentLink
 from hostd.cgroups import Hierarchy, Limits
 from hostd.drivers.qemu.command import GuestShape, launcher_argv, qemu_argv
@@ -27,6 +28,8 @@ from hostd.removal import remove_folder
 QMP_DEADLINE_S = 20.0
 KILL_DEADLINE_S = 5.0
 LOG_TAIL_BYTES = 400
+NO_PUNCH = Path(__file__).parent / "_build" / "sandloom-nopunch"
+"""Starts a QEMU whose elastic memory is a checkpoint's (hostd/drivers/qemu/src)."""
 
 
 @dataclass(frozen=True)
@@ -71,7 +74,17 @@ class Vmms:
             reap(pid)
             raise StartFailed(f"QEMU ended at once: {said(launch.folder)}", reason="VmmExited")
         memory = shape.memory
-        return Handle(pid, ticks, launch.vm_uid, shape.accel, memory.base_mib, memory.elastic_mib, shape.vcpus)
+        return Handle(
+            pid,
+            ticks,
+            launch.vm_uid,
+            shape.accel,
+            memory.base_mib,
+            memory.elastic_mib,
+            shape.vcpus,
+            device_mib=memory.elastic_mib,
+            plugged=shape.hotplug_ports > 0,
+        )
 
     def _fork(self, launch: Launch) -> int:
         launch.folder.mkdir(parents=True, mode=0o700)
@@ -80,7 +93,8 @@ class Vmms:
         gids = sorted(launch.gids)
         if launch.shape.accel == "kvm":
             gids.append(Path("/dev/kvm").stat().st_gid)
-        argv = launcher_argv(qemu_argv(launch.shape), uid=launch.vm_uid, gids=gids, cgroup_procs=procs)
+        through = () if launch.shape.elastic is None else (str(NO_PUNCH),)
+        argv = launcher_argv(qemu_argv(launch.shape), uid=launch.vm_uid, gids=gids, cgroup_procs=procs, through=through)
         with (launch.folder / "vmm.log").open("wb") as log:
             child = subprocess.Popen(
                 argv,
@@ -110,10 +124,13 @@ class Vmms:
         stack.push_async_callback(control.close)
         return Vmm(process, control)
 
-    async def reach_agent(self, shape: GuestShape, vmm: Vmm, stack: AsyncExitStack) -> AgentLink:
+    async def reach_agent(
+        self, shape: GuestShape, vmm: Vmm, stack: AsyncExitStack, carry: SessionCarry | None = None
+    ) -> AgentLink:
         """The booted guest's agent, closed by `stack`. StartFailed with the last words of QEMU or the guest."""
+        deadline_s = self._boot_deadline_s
         try:
-            link = await AgentLink.connect(shape.agent_path, deadline_s=self._boot_deadline_s, gone=vmm.process.gone)
+            link = await AgentLink.connect(shape.agent_path, deadline_s=deadline_s, gone=vmm.process.gone, carry=carry)
         except StartFailed as error:
             raise StartFailed(f"{error}; QEMU said: {said(shape.folder)}", reason=error.reason) from error
         except AgentLost as error:
