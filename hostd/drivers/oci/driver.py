@@ -10,8 +10,8 @@
 The monitor and all that the runtime starts are in the sandbox's cgroup: what is in it is the sandbox, also when hostd
 knows no pid of it any more. Needs root: mounts, cgroups, namespaces; there is no rootless mode.
 
-A start is cut into phases that add up: vmm (monitor), kernel (none: the host's runs already, the user-space kernel
-comes with the workload), agent (mounts, to the monitor's greeting). The container itself is made by the first spawn(),
+A start is cut into phases that add up: vmm (monitor, mounts), kernel (none: the host's runs already, the user-space
+kernel comes with the workload), agent (to the monitor's greeting). The container itself is made by the first spawn(),
 the owner's phase workload.
 """
 
@@ -21,6 +21,7 @@ import asyncio
 import contextlib
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import time
@@ -28,7 +29,6 @@ from collections.abc import Callable
 from contextlib import AsyncExitStack
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from guestagent.messages import MAIN_PROC
 from guestagent.protocol import ProcCarry, SessionCarry
@@ -87,28 +87,22 @@ class OciDriver:
         """See Driver.start."""
         begin_s = self._clock()
         launch = asyncio.ensure_future(asyncio.to_thread(self._launch, plan))
-        mount: asyncio.Future[None] | None = None
         try:
             handle = await asyncio.shield(launch)
             made(handle)
             vmm_s = self._clock()
-            mount = asyncio.ensure_future(asyncio.to_thread(self._mount, plan))  # while the monitor joins its cgroup
             async with AsyncExitStack() as stack:
                 link, process = await self._reach(plan, handle, stack)
-                await asyncio.shield(mount)
                 phases = (("vmm", vmm_s - begin_s), ("kernel", 0.0), ("agent", self._clock() - vmm_s))
                 stack.pop_all()
                 return OciEngine(self._place(plan), handle, process, link, phases)
         except BaseException:
-            await to_its_end(self._undo(plan, launch, mount))
+            await to_its_end(self._undo(plan, launch))
             raise
 
-    async def _undo(self, plan: StartPlan, launch: asyncio.Future[Handle], mount: asyncio.Future[None] | None) -> None:
+    async def _undo(self, plan: StartPlan, launch: asyncio.Future[Handle]) -> None:
         """After a failed or cancelled start. A thread that is mounting cannot be cancelled: it takes milliseconds."""
-        working: set[asyncio.Future[Any]] = {launch} if mount is None else {launch, mount}
-        await asyncio.wait(working)
-        if mount is not None:
-            mount.exception()  # told already, or of no interest any more
+        await asyncio.wait({launch})
         failed = launch.exception() is not None
         await self.destroy(plan.spec.uid, plan.folder, None if failed else launch.result())
 
@@ -116,20 +110,26 @@ class OciDriver:
         return Place(plan.spec.uid, plan.spec.hostname, plan.folder, self.runtime, self.cgroups)
 
     def _launch(self, plan: StartPlan) -> Handle:
-        """Makes directory and cgroup and starts the monitor. Blocks for milliseconds."""
+        """Makes directory and cgroup, starts the monitor and mounts while that joins its cgroup, which the kernel takes
+        milliseconds for. Blocks as long."""
+        spec = plan.spec
         plan.folder.mkdir(parents=True, mode=0o700)
-        procs = self.cgroups.create(plan.spec.uid, limits_for(plan.spec.resources, self.runtime))
+        procs = self.cgroups.create(spec.uid, limits_for(spec.resources, self.runtime))
         pid = self._start_monitor(plan.folder, procs)
         ticks = start_ticks(pid)
+        try:
+            self.layers.mount_rootfs(plan.folder, plan.layers, upper_mib(spec.resources))
+            identity.write(plan.folder / "rootfs", spec.uid, spec.hostname)
+        except BaseException:
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
+            raise
         if ticks is None:
             reap(pid)
             raise StartFailed(f"the monitor ended at once: {_said(plan.folder)}", reason="VmmExited")
-        ceiling_mib = plan.spec.resources.memory_max_mib
-        return Handle(pid, ticks, plan.vm_uid, self.runtime.accel, 0, ceiling_mib, os.cpu_count() or 1)
-
-    def _mount(self, plan: StartPlan) -> None:
-        self.layers.mount_rootfs(plan.folder, plan.layers, upper_mib(plan.spec.resources))
-        identity.write(plan.folder / "rootfs", plan.spec.uid, plan.spec.hostname)
+        return Handle(
+            pid, ticks, plan.vm_uid, self.runtime.accel, 0, spec.resources.memory_max_mib, os.cpu_count() or 1
+        )
 
     def _start_monitor(self, folder: Path, procs: list[Path]) -> int:
         """Its socket listens before it runs, so that nobody has to wait for it."""

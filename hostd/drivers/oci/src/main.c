@@ -111,9 +111,7 @@ static void watch(struct pollfd *fds, size_t *count, int fd, short events) {
 static void watch_process(struct pollfd *fds, size_t *count, const struct process *process) {
     if (process->stage == STAGE_STARTING) {
         watch(fds, count, process->console, POLLIN);
-        if (process->pid != 0) {
-            watch(fds, count, process->reports, POLLIN);
-        }
+        watch(fds, count, process->reports, POLLIN);
         return;
     }
     watch(fds, count, process->reports, POLLIN);

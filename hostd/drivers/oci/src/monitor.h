@@ -8,9 +8,9 @@
  * and, with a tty, to send the terminal to the socket FOLDER/N.tty. The workload becomes the monitor's child,
  * because the monitor is a subreaper; so its end cannot be missed and its pid cannot be another's.
  *
- * --init: process 1 runs behind our own init (init.c), which gets its program as descriptor 3 and a pipe for
- * its reports as descriptor 4. --hide: a mount that the runtime must not see (crun refuses cgroup v1 beside
- * v2).
+ * --init: process 1 runs behind our own init (init.c), which gets its program as descriptor 3 and a socket
+ * for its reports as descriptor 4, with which the kernel tells init's pid. --hide: a mount that the runtime
+ * must not see (crun refuses cgroup v1 beside v2).
  */
 #ifndef SANDLOOM_MONITOR_H
 #define SANDLOOM_MONITOR_H
@@ -32,7 +32,7 @@ enum {
     INIT_REPORT_FD = 4,
 };
 
-/* What init tells through its pipe. The workload could reach that pipe only by breaking into init; what it
+/* What init tells through its socket. The workload could reach that only by breaking into init; what it
  * could tell then is its own exit status. */
 enum report_kind { REPORT_STARTED = 1, REPORT_ENDED = 2 };
 struct report {
@@ -51,7 +51,7 @@ struct process {
     int pidfd;         /* main's own process behind init, -1 when there is none */
     int in, out, err;  /* our ends of its pipes; a terminal is in `in` and `out`; -1: closed */
     int console;       /* where the runtime sends the terminal, until it did */
-    int reports;       /* init's pipe */
+    int reports;       /* our end of init's socket */
     bool tty, with_init, told, followed, exit_sent;
     bool doomed; /* to be killed as soon as it runs */
     int wait_status;
@@ -95,6 +95,8 @@ void process_free(struct process *process);
 struct process *process_find(struct monitor *monitor, uint32_t proc);
 /* Reaps every child that ended. */
 void processes_reap(struct monitor *monitor);
+/* Waits for the runtime to have done all it does at a start: before that it cannot be asked for anything. */
+void process_settle(struct monitor *monitor, struct process *process);
 /* Takes init's reports. */
 void process_report(struct monitor *monitor, struct process *process);
 bool process_take_terminal(struct process *process);

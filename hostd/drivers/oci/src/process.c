@@ -141,9 +141,7 @@ static void started(struct monitor *monitor, struct process *process) {
 }
 
 static void ended(struct monitor *monitor, struct process *process, int wait_status) {
-    if (process->reports >= 0) {
-        process_report(monitor, process); /* init's last word comes before init's end */
-    }
+    process_report(monitor, process); /* init's last word comes before init's end */
     if (process->proc == 0) {
         return; /* it said that exec failed: refused and forgotten */
     }
@@ -160,35 +158,47 @@ static void ended(struct monitor *monitor, struct process *process, int wait_sta
     process->stage = STAGE_ENDED;
 }
 
-/* The runtime's command is done: with status 0 the workload's pid is in its file. */
+/* The runtime's command is done: with status 0 the workload's pid is in its file. What runs behind init has
+ * told its start, and its pid, before. */
 static void runtime_done(struct monitor *monitor, struct process *process, int wait_status) {
+    bool failed = !WIFEXITED(wait_status) || WEXITSTATUS(wait_status) != 0;
     process->runtime = 0;
-    if (!WIFEXITED(wait_status) || WEXITSTATUS(wait_status) != 0) {
-        refuse(monitor, process, EIO, "the runtime ended without a word");
-        return;
-    }
-    process->pid = read_pid_file(process);
-    unlink_own(process, ".pid");
-    if (process->pid == 0) {
-        refuse(monitor, process, EIO, "the runtime told no pid");
-        return;
-    }
-    if (process->tty && !process_take_terminal(process)) {
-        kill(process->pid, SIGKILL);
-        refuse(monitor, process, EIO, "the runtime sent no terminal");
-        return;
-    }
-    if (!process->with_init) {
-        started(monitor, process);
-    } else {
+    if (process->with_init) {
         process_report(monitor, process);
     }
-    for (size_t i = 0; i < MAX_UNCLAIMED && process->proc != 0; i++) {
+    pid_t told = failed ? 0 : read_pid_file(process);
+    unlink_own(process, ".pid");
+    if (process->proc == 0 || process->stage != STAGE_STARTING) {
+        if (failed && process->pid != 0) {
+            kill(process->pid, SIGKILL); /* it runs, but the runtime does not know it */
+        }
+    } else if (failed) {
+        refuse(monitor, process, EIO, "the runtime ended without a word");
+    } else if (told == 0) {
+        refuse(monitor, process, EIO, "the runtime told no pid");
+    } else if (process->tty && !process_take_terminal(process)) {
+        kill(told, SIGKILL);
+        refuse(monitor, process, EIO, "the runtime sent no terminal");
+    } else {
+        process->pid = told;
+        if (!process->with_init) {
+            started(monitor, process);
+        }
+    }
+    for (size_t i = 0; i < MAX_UNCLAIMED && process->proc != 0 && process->pid != 0; i++) {
         struct unclaimed *one = &monitor->unclaimed[i];
-        if (one->pid != 0 && one->pid == process->pid) {
+        if (one->pid == process->pid) {
             one->pid = 0;
             ended(monitor, process, one->wait_status);
         }
+    }
+}
+
+void process_settle(struct monitor *monitor, struct process *process) {
+    int status;
+    if (process->runtime != 0 && process->stage == STAGE_RUNNING &&
+        waitpid(process->runtime, &status, 0) == process->runtime) {
+        runtime_done(monitor, process, status);
     }
 }
 
@@ -216,27 +226,55 @@ static int open_main(pid_t init) {
     return (int)syscall(SYS_pidfd_open, (pid_t)pid, 0);
 }
 
+/* One report and, by the kernel's word, the pid of who sent it. */
+static ssize_t read_report(int fd, struct report *report, pid_t *sender) {
+    char room[CMSG_SPACE(sizeof(struct ucred))];
+    struct iovec data = {report, sizeof(*report)};
+    struct msghdr message = {
+        .msg_iov = &data, .msg_iovlen = 1, .msg_control = room, .msg_controllen = sizeof(room)};
+    struct ucred who;
+    ssize_t size;
+    do {
+        size = recvmsg(fd, &message, MSG_CMSG_CLOEXEC | MSG_DONTWAIT);
+    } while (size < 0 && errno == EINTR);
+    struct cmsghdr *head = size > 0 ? CMSG_FIRSTHDR(&message) : NULL;
+    *sender = 0;
+    if (head != NULL && head->cmsg_type == SCM_CREDENTIALS && head->cmsg_len == CMSG_LEN(sizeof(who))) {
+        memcpy(&who, CMSG_DATA(head), sizeof(who));
+        *sender = who.pid;
+    }
+    return size;
+}
+
+/* Init says that the command runs, or why it does not. */
+static void take_start(struct monitor *monitor, struct process *process, uint32_t failed, pid_t init) {
+    if (failed != 0) {
+        int error = failed < 4096 ? (int)failed : EIO;
+        close_fd(&process->err);
+        refuse(monitor, process, error, strerror(error));
+        return;
+    }
+    if (process->tty && !process_take_terminal(process)) {
+        kill(init, SIGKILL);
+        refuse(monitor, process, EIO, "the runtime sent no terminal");
+        return;
+    }
+    process->pid = init;
+    process->pidfd = open_main(init);
+    started(monitor, process);
+}
+
 void process_report(struct monitor *monitor, struct process *process) {
     struct report report;
+    pid_t sender;
     ssize_t size;
-    while (process->pid != 0 && (size = read(process->reports, &report, sizeof(report))) != 0) {
-        if (size < 0 && errno == EINTR) {
+    while (process->reports >= 0 && (size = read_report(process->reports, &report, &sender)) > 0) {
+        if (size != sizeof(report) || sender <= 0) {
             continue;
         }
-        if (size < 0) {
-            return;
-        }
-        if (size == sizeof(report) && report.kind == REPORT_STARTED && process->stage == STAGE_STARTING) {
-            if (report.value != 0) {
-                int error = report.value < 4096 ? (int)report.value : EIO;
-                const char *why = strerror(error);
-                close_fd(&process->err);
-                refuse(monitor, process, error, why);
-                return;
-            }
-            process->pidfd = open_main(process->pid);
-            started(monitor, process);
-        } else if (size == sizeof(report) && report.kind == REPORT_ENDED && !process->told) {
+        if (report.kind == REPORT_STARTED && process->stage == STAGE_STARTING) {
+            take_start(monitor, process, report.value, sender);
+        } else if (report.kind == REPORT_ENDED && sender == process->pid && !process->told) {
             process->told = true;
             process->wait_status = (int)report.value;
         }

@@ -125,6 +125,10 @@ static void start(struct monitor *monitor, const struct message *message) {
         reply(monitor, message->id, EAGAIN, text, strlen(text));
         return;
     }
+    struct process *first = process_find(monitor, MAIN_PROC);
+    if (first != NULL) {
+        process_settle(monitor, first);
+    }
     process_init(process, message->proc);
     process->start_id = message->id;
     process->tty = message->of.start.tty;

@@ -55,6 +55,17 @@ static int make_pipe(int *ours, bool we_read) {
     return ends[we_read ? 1 : 0];
 }
 
+/* A pair of sockets: whoever writes to the other end is named by the kernel (SO_PASSCRED of unix(7)). */
+static int make_reports(int *ours) {
+    int ends[2], yes = 1;
+    if (socketpair(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0, ends) < 0) {
+        return -1;
+    }
+    *ours = ends[0];
+    setsockopt(*ours, SOL_SOCKET, SO_PASSCRED, &yes, sizeof(yes));
+    return ends[1];
+}
+
 static int make_console(uint32_t proc) {
     struct sockaddr_un address = {.sun_family = AF_UNIX};
     struct text path;
@@ -131,8 +142,8 @@ static const char *make_fds(struct process *process, bool stdin_wanted, struct c
     if (null < 0 || (theirs->err = make_pipe(&process->err, true)) < 0) {
         return "cannot make its pipes";
     }
-    if (process->with_init && (theirs->reports = make_pipe(&process->reports, true)) < 0) {
-        return "cannot make init's pipe";
+    if (process->with_init && (theirs->reports = make_reports(&process->reports)) < 0) {
+        return "cannot make init's socket";
     }
     if (process->tty) {
         process->console = make_console(process->proc);

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
@@ -19,6 +20,7 @@ from hostd.journal import Handle
 from tests.contract.driver_suite import command, read_until
 from tests.hostd.drivers.oci.rig import OciRig, processes, sh
 
+ROOT = Path(__file__).resolve().parents[4]
 DEADLINE_S = 30.0
 pytestmark = pytest.mark.slow
 
@@ -159,7 +161,11 @@ async def test_a_sandbox_survives_the_sudden_death_of_its_hostd(each: OciRig) ->
         "script": "seq -w 0 9999; while :; do sleep 0.1; done",
     }
     died = await asyncio.to_thread(
-        subprocess.run, [sys.executable, "-c", STARTER, json.dumps(asked)], capture_output=True, timeout=60
+        subprocess.run,
+        [sys.executable, "-c", STARTER, json.dumps(asked)],
+        capture_output=True,
+        timeout=60,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
     )
     assert died.returncode == -signal.SIGKILL, died.stderr.decode()
     handle = Handle(**json.loads(died.stdout))
