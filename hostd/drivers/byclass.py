@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
-from hostd.drivers.contract import Checkpointing, Driver, Engine, StartPlan
+from hostd.drivers.contract import Checkpointing, Driver, Engine, StartPlan, TakenCheckpoint
 from hostd.errors import HostdError, InvalidSpec
 from hostd.journal import Handle
 from hostd.spec import SandboxClass
@@ -37,6 +38,8 @@ class ByClass:
         self.drivers, self._missing = dict(drivers), dict(missing)
         guests = self.drivers.get(SandboxClass.GUEST_KERNEL)
         self.warming = guests.warming if guests is not None else None  # pools are of guests only
+        able = {one: driver.checkpointing for one, driver in self.drivers.items() if driver.checkpointing is not None}
+        self.checkpointing: Checkpointing | None = _Checkpointing(able) if able else None
 
     def of(self, asked: SandboxClass) -> Driver:
         """The driver of a class. InvalidSpec says why there is none, and which classes this host runs."""
@@ -47,12 +50,6 @@ class ByClass:
                 reason="ClassMissing",
             )
         return self.drivers[asked]
-
-    @property
-    def checkpointing(self) -> Checkpointing | None:
-        """Of guests only."""
-        guests = self.drivers.get(SandboxClass.GUEST_KERNEL)
-        return guests.checkpointing if guests is not None else None
 
     async def start(self, plan: StartPlan, made: Callable[[Handle], None]) -> Engine:
         """See Driver.start."""
@@ -73,3 +70,38 @@ class ByClass:
         for one in CLEAN_UP_ORDER:
             if one in self.drivers:
                 await self.drivers[one].destroy(uid, folder, None)
+
+
+class _Checkpointing:
+    """Implements hostd.drivers.contract.Checkpointing by the classes that have it."""
+
+    def __init__(self, able: Mapping[SandboxClass, Checkpointing]) -> None:
+        self._able = dict(able)
+
+    def _of(self, asked: SandboxClass) -> Checkpointing:
+        if asked not in self._able:
+            raise lacking("checkpoints", asked, tuple(self._able))
+        return self._able[asked]
+
+    async def checkpoint(self, engine: Engine, offsets: Callable[[], dict[int, int]]) -> TakenCheckpoint:
+        """See Checkpointing.checkpoint."""
+        return await self._of(class_of(engine.handle.accel)).checkpoint(engine, offsets)
+
+    def read_about(self, path: Path) -> bytes:
+        """See Checkpointing.read_about. One class has files of checkpoints."""
+        return next(iter(self._able.values())).read_about(path)
+
+    def load(self, path: Path) -> Any:
+        """See Checkpointing.load."""
+        return next(iter(self._able.values())).load(path)
+
+    async def restore(
+        self,
+        plan: StartPlan,
+        memory: Any,
+        form: Mapping[str, object],
+        offsets: Mapping[int, int],
+        made: Callable[[Handle], None],
+    ) -> Engine:
+        """See Checkpointing.restore."""
+        return await self._of(plan.spec.sandbox_class).restore(plan, memory, form, offsets, made)

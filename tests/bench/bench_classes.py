@@ -40,7 +40,7 @@ from tests.hostd.busybox import busybox, rootfs_tar
 from tests.sharedcache.tarkit import convert
 from tests.userland import UserlandUnavailable, userland_tar
 
-ROUNDS = 15
+ROUNDS = 25
 SANDBOXES = 50
 CACHE = Path("/var/cache/sandloom")
 PAGE_MIB = 4096 / (1 << 20)

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from hostd.drivers.byclass import ByClass, class_of, lacking
-from hostd.drivers.contract import Engine, StartPlan
+from hostd.drivers.contract import Checkpointing, Engine, StartPlan, TakenCheckpoint, Warming
 from hostd.errors import HostdError, InvalidSpec
 from hostd.journal import Handle
 from hostd.spec import SandboxClass
@@ -26,9 +27,10 @@ class Told(Exception):
 class Telling:
     """A driver that only tells."""
 
-    warming = None
+    warming: Warming | None = None
 
-    def __init__(self, name: str, asked: list[str]) -> None:
+    def __init__(self, name: str, asked: list[str], checkpointing: Checkpointing | None = None) -> None:
+        self.checkpointing = checkpointing
         self.name, self.asked = name, asked
 
     async def start(self, plan: StartPlan, made: Callable[[Handle], None]) -> Engine:
@@ -50,6 +52,29 @@ def asked() -> list[str]:
 @pytest.fixture
 def driver(asked: list[str]) -> ByClass:
     return ByClass({GUEST: Telling("qemu", asked), HOST: Telling("crun", asked)}, {USER: "runsc is not installed"})
+
+
+class Copying:
+    """Checkpoints that only tell."""
+
+    async def checkpoint(self, engine: Engine, offsets: Callable[[], dict[int, int]]) -> TakenCheckpoint:
+        raise Told("checkpoint")
+
+    def read_about(self, path: Path) -> bytes:
+        return b"about"
+
+    def load(self, path: Path) -> Any:
+        return str(path)
+
+    async def restore(
+        self,
+        plan: StartPlan,
+        memory: Any,
+        form: Mapping[str, object],
+        offsets: Mapping[int, int],
+        made: Callable[[Handle], None],
+    ) -> Engine:
+        raise Told("restore")
 
 
 def plan(sandbox_class: SandboxClass) -> StartPlan:
@@ -88,6 +113,18 @@ async def test_what_nobody_knows_is_cleaned_up_by_all_mounts_first(driver: ByCla
 
 def test_engines_by_name() -> None:
     assert [class_of(name) for name in ("crun", "runsc/systrap", "kvm", "tcg", "fake")] == [HOST, USER, *[GUEST] * 3]
+
+
+async def test_checkpoints_are_of_the_classes_that_have_them(asked: list[str]) -> None:
+    drivers = {GUEST: Telling("qemu", asked, Copying()), HOST: Telling("crun", asked)}
+    checkpointing = ByClass(drivers, {}).checkpointing
+    assert checkpointing is not None
+    assert (checkpointing.read_about(FOLDER), checkpointing.load(FOLDER)) == (b"about", str(FOLDER))
+    with pytest.raises(Told, match="restore"):
+        await checkpointing.restore(plan(GUEST), None, {}, {}, lambda _: None)
+    with pytest.raises(InvalidSpec, match="host-kernel has no checkpoints; classes that have it: guest-kernel"):
+        await checkpointing.restore(plan(HOST), None, {}, {}, lambda _: None)
+    assert ByClass({HOST: Telling("crun", asked)}, {}).checkpointing is None
 
 
 def test_a_lacking_feature_names_who_has_it() -> None:

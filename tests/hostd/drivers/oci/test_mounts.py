@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import mmap
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -194,3 +195,18 @@ def test_a_sandbox_knows_itself_after_a_restart() -> None:
     assert identity.files("u", "h") == identity.files("u", "h")
     assert identity.machine_id("u") != identity.machine_id("v")
     assert len(identity.machine_id("u")) == 32
+
+
+def test_what_a_guest_maps_is_a_second_copy_and_no_third(place: Path) -> None:
+    """The measure behind the decision in mounts.py: a guest's virtio-pmem maps the blob file, as mmap does here."""
+    blob = layer(place, "one", (header("data"), DATA))
+    layers, folder = Layers(place / "m"), sandbox(place, "a")
+    with blob.path.open("rb") as file:
+        layers.mount_rootfs(folder, (blob,), 16)
+        with mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) as guest:
+            assert sum(guest[at] for at in range(0, len(guest), 4096)) >= 0
+            assert (folder / "rootfs" / "data").read_bytes() == DATA
+            with (layers.point(blob) / "data").open("rb") as shared:
+                assert _dax.cachestat(shared).cached == len(DATA) // 4096
+            assert _dax.mincore(file) == blob.size_bytes // 4096
+    layers.unmount_rootfs(folder)
