@@ -125,15 +125,13 @@ class Images:
     def unneeded(self) -> list[Residency]:
         """What no name is bound to and no live sandbox needs: its READY hosts may forget it."""
         view = self._view
-        needed = {(image.tenant, image.digest) for image in view.images.values()}
-        needed |= {
-            (s.tenant, s.spec.image_digest) for s in view.sandboxes.values() if s.status.phase not in lifecycle.ENDED
-        }
-        return [
-            held
-            for held in view.residency.values()
-            if (held.tenant, held.digest) not in needed and held.host in view.alive
-        ]
+        named = {(image.tenant, image.digest) for image in view.images.values()}
+        nameless = [held for held in view.residency.values() if (held.tenant, held.digest) not in named]
+        if not nameless:
+            return []
+        live = (s for s in view.sandboxes.values() if s.status.phase not in lifecycle.ENDED)
+        used = {(s.tenant, s.spec.image_digest) for s in live}
+        return [held for held in nameless if (held.tenant, held.digest) not in used and held.host in view.alive]
 
     def _event(self, image: Image, reason: str, message: str, host: str = "") -> Put:
         return events.entry(Event(self._now_s(), "image", image.name, reason, message, host, image.tenant))

@@ -5,7 +5,7 @@ Hosts report only the newest status, so steps between two reports may be left ou
 
 from __future__ import annotations
 
-from controlplane.model import Phase
+from controlplane.model import DesiredState, Phase, Sandbox
 
 ENDED = frozenset({Phase.EXITED, Phase.FAILED})
 """The workload is over: the name is free again and nothing of it runs."""
@@ -30,3 +30,10 @@ TRANSITIONS: dict[Phase, frozenset[Phase]] = {
 def allowed(now: Phase, to: Phase) -> bool:
     """Whether a sandbox may be reported as `to` when it is known as `now`. Staying is always allowed."""
     return to is now or to in TRANSITIONS[now]
+
+
+def is_open_ended(sandbox: Sandbox) -> bool:
+    """Whether the control plane itself has to see to it: it waits for a host, or for its removal."""
+    ended = sandbox.status.phase in ENDED
+    left_over = ended and not sandbox.host and sandbox.spec.remove_on_exit
+    return sandbox.status.phase is Phase.PENDING or sandbox.desired is DesiredState.REMOVED or left_over

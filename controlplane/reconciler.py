@@ -16,6 +16,7 @@ from controlplane.api.v1 import hosts_pb2
 from controlplane.errors import Conflict, ControlPlaneError
 from controlplane.images import Images
 from controlplane.model import DesiredState, Event, Phase, Residency, Sandbox
+from controlplane.records import Records
 from controlplane.relay import HostLinks, answer
 from controlplane.requests import UsedRequest
 from controlplane.sandboxes import Sandboxes
@@ -39,11 +40,12 @@ class Reconciler:
     """See the module. run() is its owner."""
 
     def __init__(
-        self, store: Store, view: View, sandboxes: Sandboxes, images: Images, links: HostLinks,
+        self, store: Store, view: View, records: Records, sandboxes: Sandboxes, images: Images, links: HostLinks,
         event_log: events.EventLog, *, lost_grace_s: float, history_s: float, now_s: Callable[[], float] = time.time,
         clock_s: Callable[[], float] = time.monotonic,
     ) -> None:  # fmt: skip
-        self._store, self._view, self._sandboxes, self._images = store, view, sandboxes, images
+        self._store, self._view, self._records = store, view, records
+        self._sandboxes, self._images = sandboxes, images
         self._links, self._events = links, event_log
         self._lost_grace_s, self._history_s = lost_grace_s, history_s
         self._now_s, self._clock_s = now_s, clock_s
@@ -87,10 +89,13 @@ class Reconciler:
         except (ControlPlaneError, TimeoutError) as error:
             log.warning("%s: %s", step.__name__.strip("_"), error)
 
+    def _open_ends(self) -> list[Sandbox]:
+        return [self._view.sandboxes[uid] for uid in sorted(self._view.open_ends)]
+
     # Placing.
 
     async def _pending(self) -> None:
-        waiting = [s for s in self._view.sandboxes.values() if s.status.phase is Phase.PENDING]
+        waiting = [s for s in self._open_ends() if s.status.phase is Phase.PENDING]
         for sandbox in sorted(waiting, key=lambda s: (s.created_at_s, s.uid)):
             if sandbox.desired is DesiredState.RUNNING and self._view.sandboxes.get(sandbox.uid) is sandbox:
                 await self._sandboxes.place_pending(sandbox)
@@ -111,7 +116,8 @@ class Reconciler:
     async def _orphans(self) -> None:
         """Sandboxes of hosts that are lost for longer than the grace, or that nobody will ever remove."""
         due = {name for name, since in self._lost_since_s.items() if self._clock_s() - since >= self._lost_grace_s}
-        for sandbox in list(self._view.sandboxes.values()):
+        on_lost = [sandbox for name in sorted(due) for sandbox in self._view.on_host(name)]
+        for sandbox in {s.uid: s for s in [*on_lost, *self._open_ends()]}.values():
             lost = sandbox.host in due
             ended = sandbox.status.phase in lifecycle.ENDED
             left_over = not sandbox.host and ended and sandbox.spec.remove_on_exit
@@ -124,14 +130,14 @@ class Reconciler:
         return ended and sandbox.host in self._lost_since_s
 
     async def _give_up(self, sandbox: Sandbox) -> None:
-        stored = await self._sandboxes.find_uid(sandbox.uid)
+        stored = await self._records.find_uid(sandbox.uid)
         if stored is None or stored.sandbox.revision != sandbox.revision:
             return
         if not sandbox.host:
-            await self._sandboxes.remove_record(stored, "Removed", "no host has it")
+            await self._records.remove(stored, "Removed", "no host has it")
             return
         text = f"host {sandbox.host} is LOST: its lease ran out and it did not return in {self._lost_grace_s:g} s"
-        await self._sandboxes.give_up(stored, "HostLost", text)
+        await self._records.give_up(stored, "HostLost", text)
 
     # Images.
 

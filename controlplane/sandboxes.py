@@ -1,4 +1,4 @@
-"""What can be done with sandboxes: find, create, resize, stop, delete, and take a host's report.
+"""What users can do with sandboxes: create, resize, stop, delete.
 
 Every change is one compare-and-swap commit: the record as it was read, the guards of what was decided on (keys.py) and
 the event that tells of it. A lost race is decided again on what is now; after ATTEMPTS of them Conflict goes out.
@@ -8,74 +8,35 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-import logging
 import secrets
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
-from controlplane import codec, events, keys, lifecycle, names, scheduler, transitions
-from controlplane.edge.sandboxes import etag
+from controlplane import codec, keys, lifecycle, names, scheduler, transitions
 from controlplane.errors import AlreadyExists, Conflict, Exhausted, Invalid, NotFound, Precondition
 from controlplane.images import Images
-from controlplane.model import DesiredState, Event, LayerSize, Phase, Sandbox, SandboxStatus
+from controlplane.model import DesiredState, LayerSize, Phase, Sandbox, SandboxStatus
 from controlplane.quotas import Quota, require_within
-from controlplane.requests import Creation, Report, ResizeWish, UsedRequest
-from controlplane.store.contract import Delete, Expect, Put, Record, Store, Write
+from controlplane.records import Records, Stored, stored_sandbox
+from controlplane.requests import Creation, ResizeWish, UsedRequest
+from controlplane.store.contract import Expect, Put, Store, Write
 from controlplane.view import View
-
-log = logging.getLogger("sandloom.controlplane.sandboxes")
 
 ATTEMPTS = 16
 VIEW_LAG_S = 5.0
-
-
-@dataclass(frozen=True)
-class Stored:
-    """A record of the store with its sandbox."""
-
-    record: Record
-    sandbox: Sandbox
-
-    @property
-    def expect(self) -> Expect:
-        """That it has not changed."""
-        return Expect(self.record.key, self.record.mod_revision)
 
 
 class Sandboxes:
     """See the module."""
 
     def __init__(
-        self, store: Store, view: View, images: Images, *, quotas: Mapping[str, Quota] | None = None,
-        now_s: Callable[[], float] = time.time,
+        self, store: Store, view: View, records: Records, images: Images,
+        *, quotas: Mapping[str, Quota] | None = None, now_s: Callable[[], float] = time.time,
     ) -> None:  # fmt: skip
-        self._store, self._view, self._images, self._now_s = store, view, images, now_s
+        self._store, self._view, self._records, self._images, self._now_s = store, view, records, images, now_s
         self._quotas = quotas or {}
         self._placing = asyncio.Lock()
-
-    # Finding.
-
-    async def get(self, tenant: str, name_or_uid: str) -> Sandbox:
-        """By name (the live one, else the newest) or uid. NotFound."""
-        return (await self.find(tenant, name_or_uid)).sandbox
-
-    async def find(self, tenant: str, name_or_uid: str) -> Stored:
-        """The same, with its record."""
-        page = await self._store.page(keys.sandboxes_named(tenant, name_or_uid))
-        found = [_stored(record) for record in page.records]
-        if not found:
-            stored = await self.find_uid(name_or_uid)
-            if stored is None or stored.sandbox.tenant != tenant:
-                raise NotFound("SandboxNotFound", f"there is no sandbox {name_or_uid}", sandbox=name_or_uid)
-            return stored
-        return max(found, key=lambda s: (s.sandbox.status.phase not in lifecycle.ENDED, s.record.create_revision))
-
-    async def find_uid(self, uid: str) -> Stored | None:
-        """By uid, of any tenant."""
-        pointer = await self._store.get(keys.uid(uid))
-        record = await self._store.get(pointer.value.decode()) if pointer else None
-        return _stored(record) if record else None
 
     # Creating.
 
@@ -106,7 +67,7 @@ class Sandboxes:
         if found is None:
             text = f"the sandbox that request {asked.request_id!r} made has been removed since"
             raise NotFound("SandboxRemoved", text, sandbox=keys.split_sandbox(used.sandbox_key)[1])
-        return _stored(found).sandbox
+        return stored_sandbox(found).sandbox
 
     async def _create_once(self, tenant: str, asked: Creation, attempt: int) -> Sandbox:
         image = await self._images.get(tenant, asked.spec.image)
@@ -135,7 +96,7 @@ class Sandboxes:
             Put(keys.uid(sandbox.uid), key.encode()),
             Put(keys.name(tenant, name), sandbox.uid.encode()),
             Put(keys.image_use(tenant, image.digest), sandbox.uid.encode()),
-            self._event(placed, *_told_placed(placed)),
+            self._records.event(placed, *_told_placed(placed)),
         ]
         expect = [Expect(keys.name(tenant, name), guard), Expect(keys.image(tenant, image.name), image.revision)]
         if asked.request_id:
@@ -157,8 +118,8 @@ class Sandboxes:
         if guard is None:
             return 0
         record = await self._store.get(keys.sandbox(tenant, name, guard.value.decode()))
-        if record is not None and _stored(record).sandbox.status.phase not in lifecycle.ENDED:
-            there = _stored(record).sandbox
+        if record is not None and stored_sandbox(record).sandbox.status.phase not in lifecycle.ENDED:
+            there = stored_sandbox(record).sandbox
             removed = there.desired is DesiredState.REMOVED
             remedy = "it is being removed, retry soon" if removed else "choose another name or remove it first"
             text = f"sandbox {name} exists already ({there.status.phase.name}): {remedy}"
@@ -170,7 +131,7 @@ class Sandboxes:
     def _place(self, sandbox: Sandbox) -> tuple[Sandbox, list[Expect]]:
         """The sandbox as the present view places it, with the guards of that; PENDING when it may wait. Exhausted."""
         view = self._view
-        hosts = scheduler.survey(view.hosts.values(), view.alive, view.sandboxes.values(), view.residency.values())
+        hosts = view.survey()
         demand = scheduler.Demand.of(sandbox)
         decision = scheduler.place(demand, hosts)
         if decision.placement is not None:
@@ -214,7 +175,7 @@ class Sandboxes:
             key = keys.sandbox(sandbox.tenant, sandbox.name, sandbox.uid)
             writes: list[Write] = [Put(key, codec.encode(placed))]
             if placed.host:
-                writes.append(self._event(placed, *_told_placed(placed)))
+                writes.append(self._records.event(placed, *_told_placed(placed)))
             await self._commit_placed(placed, writes, [Expect(key, sandbox.revision), *guards])
             return bool(placed.host)
 
@@ -224,9 +185,9 @@ class Sandboxes:
         """New target sizes. See ResizeSandbox."""
 
         def change(sandbox: Sandbox) -> Sandbox:
-            if wish.etag and wish.etag != etag(sandbox):
+            if wish.etag and wish.etag != transitions.etag(sandbox):
                 text = f"sandbox {name} has changed since etag {wish.etag}: read it again"
-                raise Conflict("EtagMismatch", text, etag=etag(sandbox))
+                raise Conflict("EtagMismatch", text, etag=transitions.etag(sandbox))
             after = transitions.resized(sandbox, wish)
             self._require_quota(after)
             self._require_room(sandbox, after)
@@ -241,7 +202,7 @@ class Sandboxes:
         host = view.hosts.get(before.host)
         if more_mib <= 0 or host is None:
             return
-        (state,) = scheduler.survey([host], view.alive, view.on_host(before.host), ())
+        state = scheduler.host_state(host, True, view.on_host(before.host), ())
         if more_mib > state.unpromised_mib:
             raise Exhausted(
                 "NoHostHasRoom",
@@ -253,10 +214,10 @@ class Sandboxes:
 
     async def stop(self, tenant: str, name: str, grace_s: int) -> Sandbox:
         """Asks it to end. See StopSandbox."""
-        stored = await self.find(tenant, name)
+        stored = await self._records.find(tenant, name)
         sandbox = stored.sandbox
         if sandbox.spec.remove_on_exit and not sandbox.host and sandbox.status.phase not in lifecycle.ENDED:
-            await self.remove_record(stored, "Removed", "stopped before it ran")
+            await self._records.remove(stored, "Removed", "stopped before it ran")
             return transitions.stopped(sandbox, grace_s, self._now_s())
         return await self._change(
             tenant, name, lambda now: transitions.stopped(now, grace_s, self._now_s()), "StopAsked", _told_grace
@@ -266,12 +227,12 @@ class Sandboxes:
         self, tenant: str, name: str, change: Callable[[Sandbox], Sandbox], reason: str, told: Callable[[Sandbox], str]
     ) -> Sandbox:
         for _ in range(ATTEMPTS):
-            stored = await self.find(tenant, name)
+            stored = await self._records.find(tenant, name)
             after = change(stored.sandbox)
             if after == stored.sandbox:
                 return after
             try:
-                writes = [Put(stored.record.key, codec.encode(after)), self._event(after, reason, told(after))]
+                writes = [Put(stored.record.key, codec.encode(after)), self._records.event(after, reason, told(after))]
                 revision = await self._store.commit(writes, [stored.expect])
             except Conflict:
                 continue
@@ -282,7 +243,7 @@ class Sandboxes:
         """Removes it. See DeleteSandbox."""
         for _ in range(ATTEMPTS):
             try:
-                stored = await self.find(tenant, name)
+                stored = await self._records.find(tenant, name)
             except NotFound:
                 if allow_missing:
                     return
@@ -300,82 +261,14 @@ class Sandboxes:
         try:
             if not sandbox.host or (ended and sandbox.host not in self._view.alive):
                 gone = f"; its host {sandbox.host} is LOST and lets go of it when it returns" if sandbox.host else ""
-                await self.remove_record(stored, "Removed", f"removed{gone}")
+                await self._records.remove(stored, "Removed", f"removed{gone}")
             elif sandbox.desired is not DesiredState.REMOVED:
                 after = replace(sandbox, desired=DesiredState.REMOVED)
-                writes = [Put(stored.record.key, codec.encode(after)), self._event(after, "RemoveAsked", "")]
+                writes = [Put(stored.record.key, codec.encode(after)), self._records.event(after, "RemoveAsked", "")]
                 await self._store.commit(writes, [stored.expect])
         except Conflict:
             return False
         return True
-
-    async def remove_record(self, stored: Stored, reason: str, message: str) -> None:
-        """Deletes record, index and name; Conflict when it changed meanwhile."""
-        sandbox = stored.sandbox
-        writes: list[Write] = [Delete(stored.record.key), Delete(keys.uid(sandbox.uid))]
-        expect = [stored.expect]
-        name = await self._store.get(keys.name(sandbox.tenant, sandbox.name))
-        if name is not None and name.value.decode() == sandbox.uid:
-            writes.append(Delete(name.key))
-            expect.append(Expect(name.key, name.mod_revision))
-        await self._store.commit([*writes, self._event(sandbox, reason, message)], expect)
-
-    # What hosts say, and what becomes of sandboxes whose host is gone.
-
-    async def report(self, report: Report) -> None:
-        """Takes what a host observed. See ReportSandbox."""
-        for _ in range(ATTEMPTS):
-            stored = await self.find_uid(report.uid)
-            if stored is None:
-                raise NotFound("SandboxNotFound", f"there is no sandbox {report.uid}: let go of it", uid=report.uid)
-            transitions.require_current(stored.sandbox, report)
-            try:
-                await self._report_once(stored, report)
-            except Conflict:
-                continue
-            return
-        raise Conflict("Busy", f"sandbox {report.uid} changes too fast: retry")
-
-    async def _report_once(self, stored: Stored, report: Report) -> None:
-        sandbox = stored.sandbox
-        if report.removed:
-            if sandbox.desired is DesiredState.REMOVED or sandbox.spec.remove_on_exit:
-                await self.remove_record(stored, "Removed", f"host {report.host} has let go of it")
-            else:
-                await self.give_up(stored, "HostLetGo", f"host {report.host} does not have it any more")
-            return
-        if transitions.goes_back(sandbox, report):
-            was, said = sandbox.status.phase.name, report.status.phase.name
-            text = f"host {report.host} says {said} of what was {was}: it lost its own record of it"
-            await self.give_up(stored, "HostForgot", text)
-            raise Precondition("BadTransition", f"sandbox {sandbox.name}: {text}; let go of it")
-        after = transitions.observed(sandbox, report)
-        if after != sandbox:
-            await self._store.commit([Put(stored.record.key, codec.encode(after))], [stored.expect])
-
-    async def give_up(self, stored: Stored, reason: str, message: str) -> None:
-        """FAILED, on no host, fenced against its old one; an ended one stays as it ended, a --rm one is removed."""
-        sandbox = stored.sandbox
-        epoch = max(self._view.revision, sandbox.epoch + 1)
-        if sandbox.status.phase in lifecycle.ENDED:
-            after = replace(sandbox, host="", epoch=epoch)
-        else:
-            after = transitions.failed(sandbox, reason, message, epoch, self._now_s())
-        if sandbox.spec.remove_on_exit or sandbox.desired is DesiredState.REMOVED:
-            await self.remove_record(stored, reason, message)
-            return
-        await self._store.commit(
-            [Put(stored.record.key, codec.encode(after)), self._event(sandbox, reason, message)], [stored.expect]
-        )
-
-    def _event(self, sandbox: Sandbox, reason: str, message: str) -> Put:
-        return events.entry(
-            Event(self._now_s(), "sandbox", sandbox.name, reason, message, sandbox.host, sandbox.tenant)
-        )
-
-
-def _stored(record: Record) -> Stored:
-    return Stored(record, codec.decode(Sandbox, record.value, record.key, revision=record.mod_revision))
 
 
 def _digest_of(asked: Creation) -> str:

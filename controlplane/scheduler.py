@@ -109,18 +109,20 @@ def survey(
     living = frozenset(alive)
     by_host: dict[str, list[Sandbox]] = {}
     for sandbox in sandboxes:
-        if sandbox.host and sandbox.status.phase not in lifecycle.ENDED:
-            by_host.setdefault(sandbox.host, []).append(sandbox)
-    images: dict[str, set[tuple[str, str]]] = {}
-    for held in residency:
-        images.setdefault(held.host, set()).add((held.tenant, held.digest))
+        by_host.setdefault(sandbox.host, []).append(sandbox)
+    held: dict[str, list[Residency]] = {}
+    for one in residency:
+        held.setdefault(one.host, []).append(one)
     return [
-        _state(host, host.name in living, by_host.get(host.name, []), frozenset(images.get(host.name, ())))
+        host_state(host, host.name in living, by_host.get(host.name, []), held.get(host.name, []))
         for host in sorted(hosts, key=lambda host: host.name)
     ]
 
 
-def _state(host: Host, ready: bool, live: list[Sandbox], images: frozenset[tuple[str, str]]) -> HostState:
+def host_state(host: Host, ready: bool, there: Iterable[Sandbox], held: Iterable[Residency]) -> HostState:
+    """One host's state: `there` is assigned to it (what has ended does not count), `held` is what it holds."""
+    live = [sandbox for sandbox in there if sandbox.status.phase not in lifecycle.ENDED]
+
     def charge(sandboxes: Iterable[Sandbox]) -> int:
         return sum(s.spec.resources.memory_min_mib + host.capacity.vm_overhead_mib for s in sandboxes)
 
@@ -129,7 +131,7 @@ def _state(host: Host, ready: bool, live: list[Sandbox], images: frozenset[tuple
         ready=ready,
         capacity=host.capacity,
         classes=frozenset(host.classes),
-        images=images,
+        images=frozenset((residency.tenant, residency.digest) for residency in held),
         mapped_layers=frozenset((s.tenant, layer.digest) for s in live for layer in s.layers),
         promised_mib=charge(live),
         unsettled_mib=charge(s for s in live if _unsettled(s, host.last_seen_s)),

@@ -40,8 +40,10 @@ from controlplane.gate import Gate
 from controlplane.images import Images
 from controlplane.leadership import Leadership, OnlyOne
 from controlplane.reconciler import Reconciler
+from controlplane.records import Records
 from controlplane.registry import Registry
 from controlplane.relay import HostLinks
+from controlplane.reports import Reports
 from controlplane.sandboxes import Sandboxes
 from controlplane.service_hosts import HostsService, HostSyncService
 from controlplane.service_images import ImagesService
@@ -72,27 +74,30 @@ class ControlPlane:
         self.gate = Gate()
         self.event_log = EventLog(store, kept=config.kept_events)
         self.images = Images(store, self.view)
-        self.sandboxes = Sandboxes(store, self.view, self.images, quotas=dict(config.quotas))
+        self.records = Records(store, self.view)
+        self.reports = Reports(store, self.records)
+        self.sandboxes = Sandboxes(store, self.view, self.records, self.images, quotas=dict(config.quotas))
         self.registry = Registry(store, self.view, self.images, config.lease_s)
         self.reconciler = Reconciler(
-            store, self.view, self.sandboxes, self.images, links, self.event_log,
+            store, self.view, self.records, self.sandboxes, self.images, links, self.event_log,
             lost_grace_s=config.lost_grace_s, history_s=config.history_s,
         )  # fmt: skip
-        self.locator = Locator(self.sandboxes, self.view)
+        self.locator = Locator(self.records, self.view)
         self.health = aio_health.HealthServicer()
 
     def add_to(self, server: grpc.aio.Server) -> None:
         """Registers every service."""
         streams = Streams(self.locator, self.links, self.view)
         sandboxes_pb2_grpc.add_SandboxesServicer_to_server(
-            SandboxesService(self.gate, self.store, self.sandboxes, self.event_log, streams), server
+            SandboxesService(self.gate, self.store, self.records, self.sandboxes, self.event_log, streams), server
         )
         images_pb2_grpc.add_ImagesServicer_to_server(
             ImagesService(self.gate, self.store, self.view, self.images, self.links), server
         )
         hosts_pb2_grpc.add_HostsServicer_to_server(HostsService(self.gate, self.store, self.registry), server)
         hosts_pb2_grpc.add_HostSyncServicer_to_server(
-            HostSyncService(self.gate, self.view, self.registry, self.sandboxes, self.event_log), server
+            HostSyncService(self.gate, self.view, self.registry, Reports(self.store, self.records), self.event_log),
+            server,
         )
         health_pb2_grpc.add_HealthServicer_to_server(self.health, server)
         reflection.enable_server_reflection((*SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME), server)

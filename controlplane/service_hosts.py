@@ -9,6 +9,7 @@ from contextlib import aclosing
 from controlplane import keys, watching
 from controlplane.api.v1 import hosts_pb2, hosts_pb2_grpc, sandboxes_pb2
 from controlplane.edge import hosts as edge
+from controlplane.edge import news
 from controlplane.edge import sandboxes as sandbox_edge
 from controlplane.errors import Denied
 from controlplane.events import EventLog
@@ -16,7 +17,7 @@ from controlplane.gate import HOSTS, OPERATORS, Caller, Context, Gate
 from controlplane.listing import list_page
 from controlplane.model import Host
 from controlplane.registry import Registry
-from controlplane.sandboxes import Sandboxes
+from controlplane.reports import Reports
 from controlplane.store.contract import Store
 from controlplane.view import View
 
@@ -50,11 +51,11 @@ class HostSyncService(hosts_pb2_grpc.HostSyncServicer):
     """What hosts pull and report. A host speaks for itself only."""
 
     def __init__(
-        self, gate: Gate, view: View, registry: Registry, sandboxes: Sandboxes, event_log: EventLog,
+        self, gate: Gate, view: View, registry: Registry, reports: Reports, event_log: EventLog,
         *, now_s: Callable[[], float] = time.time,
     ) -> None:  # fmt: skip
         self._gate, self._view, self._registry = gate, view, registry
-        self._sandboxes, self._events, self._now_s = sandboxes, event_log, now_s
+        self._reports, self._events, self._now_s = reports, event_log, now_s
 
     async def ReportHost(self, request: hosts_pb2.ReportHostRequest, context: Context) -> hosts_pb2.ReportHostResponse:
         """See hosts.proto."""
@@ -69,9 +70,9 @@ class HostSyncService(hosts_pb2_grpc.HostSyncServicer):
         """See hosts.proto."""
         async with self._gate.admit(context, HOSTS, stream=True) as caller:
             _require_itself(caller, request.host)
-            async with aclosing(watching.watch_assignments(self._view, request.host)) as news:
-                async for told in news:
-                    yield sandbox_edge.render_told_host(told)
+            async with aclosing(watching.watch_assignments(self._view, request.host)) as changes:
+                async for told in changes:
+                    yield news.render_told_host(told)
 
     async def ReportSandbox(
         self, request: hosts_pb2.ReportSandboxRequest, context: Context
@@ -79,7 +80,7 @@ class HostSyncService(hosts_pb2_grpc.HostSyncServicer):
         """See hosts.proto."""
         async with self._gate.admit(context, HOSTS) as caller:
             _require_itself(caller, request.host)
-            await self._sandboxes.report(sandbox_edge.parse_report(request))
+            await self._reports.take(sandbox_edge.parse_report(request))
             return hosts_pb2.ReportSandboxResponse()
 
     async def RecordEvent(
@@ -90,7 +91,7 @@ class HostSyncService(hosts_pb2_grpc.HostSyncServicer):
             host = caller.identity.name
             _require_itself(caller, request.event.host or host)
             tenant = self._tenant_of(host, request.event)
-            await self._events.record(sandbox_edge.parse_event(request.event, host=host, tenant=tenant))
+            await self._events.record(news.parse_event(request.event, host=host, tenant=tenant))
             return hosts_pb2.RecordEventResponse()
 
     def _tenant_of(self, host: str, event: sandboxes_pb2.Event) -> str:

@@ -7,12 +7,14 @@ from contextlib import aclosing
 
 from controlplane import keys, lifecycle, watching
 from controlplane.api.v1 import sandboxes_pb2, sandboxes_pb2_grpc
+from controlplane.edge import news
 from controlplane.edge import sandboxes as edge
 from controlplane.errors import Invalid
 from controlplane.events import EventLog
 from controlplane.gate import USERS, Caller, Context, Gate
 from controlplane.listing import list_page
 from controlplane.model import Event, Sandbox
+from controlplane.records import Records
 from controlplane.sandboxes import Sandboxes
 from controlplane.service_streams import StreamMethods, Streams
 from controlplane.store.contract import Store
@@ -21,9 +23,11 @@ from controlplane.store.contract import Store
 class SandboxesService(StreamMethods, sandboxes_pb2_grpc.SandboxesServicer):
     """The unary methods and the watches; the streams into hosts are StreamMethods."""
 
-    def __init__(self, gate: Gate, store: Store, sandboxes: Sandboxes, event_log: EventLog, streams: Streams) -> None:
+    def __init__(
+        self, gate: Gate, store: Store, records: Records, sandboxes: Sandboxes, event_log: EventLog, streams: Streams
+    ) -> None:
         super().__init__(gate, streams)
-        self._store, self._sandboxes, self._events = store, sandboxes, event_log
+        self._store, self._records, self._sandboxes, self._events = store, records, sandboxes, event_log
 
     async def CreateSandbox(
         self, request: sandboxes_pb2.CreateSandboxRequest, context: Context
@@ -35,7 +39,7 @@ class SandboxesService(StreamMethods, sandboxes_pb2_grpc.SandboxesServicer):
     async def GetSandbox(self, request: sandboxes_pb2.GetSandboxRequest, context: Context) -> sandboxes_pb2.Sandbox:
         """See sandboxes.proto."""
         async with self._gate.admit(context, USERS) as caller:
-            return edge.render_sandbox(await self._sandboxes.get(caller.tenant, edge.parse_name(request.name)))
+            return edge.render_sandbox(await self._records.get(caller.tenant, edge.parse_name(request.name)))
 
     async def ListSandboxes(
         self, request: sandboxes_pb2.ListSandboxesRequest, context: Context
@@ -64,9 +68,11 @@ class SandboxesService(StreamMethods, sandboxes_pb2_grpc.SandboxesServicer):
         async with self._gate.admit(context, USERS, stream=True) as caller:
             if request.resource_version < 0:
                 raise Invalid("resource_version", f"{request.resource_version} is negative")
-            async with aclosing(watching.watch_sandboxes(self._store, caller.tenant, request.resource_version)) as news:
-                async for told in news:
-                    yield edge.render_told(told)
+            async with aclosing(
+                watching.watch_sandboxes(self._store, caller.tenant, request.resource_version)
+            ) as changes:
+                async for told in changes:
+                    yield news.render_told(told)
 
     async def ResizeSandbox(
         self, request: sandboxes_pb2.ResizeSandboxRequest, context: Context
@@ -102,13 +108,13 @@ class SandboxesService(StreamMethods, sandboxes_pb2_grpc.SandboxesServicer):
                 if isinstance(item, int):
                     revision = item
                 elif _may_see(caller, item, request.subject):
-                    yield edge.render_event(item)
+                    yield news.render_event(item)
             if not request.follow:
                 return
-            async with aclosing(self._events.follow(revision)) as news:
-                async for event in news:
+            async with aclosing(self._events.follow(revision)) as changes:
+                async for event in changes:
                     if _may_see(caller, event, request.subject):
-                        yield edge.render_event(event)
+                        yield news.render_event(event)
 
 
 def _may_see(caller: Caller, event: Event, subject: str) -> bool:

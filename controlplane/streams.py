@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from controlplane import lifecycle
 from controlplane.errors import NotFound, Precondition, TimedOut, Unavailable
 from controlplane.model import Host, Phase, Sandbox
-from controlplane.sandboxes import Sandboxes
+from controlplane.records import Records
 from controlplane.view import View
 
 BEGIN_DEADLINE_S = 180.0
@@ -35,12 +35,12 @@ class On:
 class Locator:
     """See the module."""
 
-    def __init__(self, sandboxes: Sandboxes, view: View, *, begin_deadline_s: float = BEGIN_DEADLINE_S) -> None:
-        self._sandboxes, self._view, self._begin_deadline_s = sandboxes, view, begin_deadline_s
+    def __init__(self, records: Records, view: View, *, begin_deadline_s: float = BEGIN_DEADLINE_S) -> None:
+        self._records, self._view, self._begin_deadline_s = records, view, begin_deadline_s
 
     async def begun(self, tenant: str, name: str) -> On | Ended:
         """Where a sandbox is, once a host has begun with it. NotFound, TimedOut, Unavailable (its host is LOST)."""
-        sandbox = await self._sandboxes.get(tenant, name)
+        sandbox = await self._records.get(tenant, name)
         seen = [sandbox]
 
         def begun() -> Sandbox | None:
@@ -62,7 +62,7 @@ class Locator:
 
     async def running(self, tenant: str, name: str) -> On:
         """Where a sandbox runs. Precondition (SandboxNotRunning) unless it does."""
-        sandbox = await self._sandboxes.get(tenant, name)
+        sandbox = await self._records.get(tenant, name)
         status = sandbox.status
         if status.phase not in RUNNABLE or not sandbox.host:
             why = f" ({status.reason}: {status.message})" if status.reason else ""

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import replace
 
-from controlplane import lifecycle
+from controlplane import codec, lifecycle
 from controlplane.errors import Invalid, Precondition
 from controlplane.model import DesiredState, Phase, Resize, ResizeState, Resources, Sandbox, SandboxStatus
 from controlplane.requests import Report, ResizeWish
@@ -138,3 +139,9 @@ def _resize_seen(sandbox: Sandbox, seen: Resize | None) -> Resize | None:
     if fulfilled:
         return seen
     return replace(seen, state=ResizeState.IN_PROGRESS, desired_memory_mib=wanted.memory_mib, message="")
+
+
+def etag(sandbox: Sandbox) -> str:
+    """Changes with what is asked of a sandbox, not with what its host reports."""
+    asked = replace(sandbox, status=SandboxStatus(), host="", epoch=0)
+    return hashlib.sha256(codec.encode(asked)).hexdigest()[:16]

@@ -13,9 +13,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TypeVar
 
-from controlplane import codec, keys
+from controlplane import codec, keys, lifecycle, scheduler
 from controlplane.errors import BadState, Compacted, StoreError
 from controlplane.model import Host, Image, Residency, Sandbox
+from controlplane.scheduler import HostState
 from controlplane.store.contract import Batch, Record, Store
 
 log = logging.getLogger("sandloom.controlplane.view")
@@ -58,6 +59,9 @@ class View:
         self.hosts: dict[str, Host] = {}
         self.alive: set[str] = set()
         self.sandboxes: dict[str, Sandbox] = {}  # by uid
+        self.open_ends: set[str] = set()  # uids of sandboxes that the reconciler may have to do something for
+        self._by_host: dict[str, dict[str, Sandbox]] = {}
+        self._surveyed: dict[str, tuple[Host, bool, HostState]] = {}
         self.images: dict[str, Image] = {}  # by key
         self.residency: dict[str, Residency] = {}  # by key
         self.placements: dict[str, int] = {}  # mod_revision of the guard, by host
@@ -105,7 +109,20 @@ class View:
 
     def on_host(self, host: str) -> list[Sandbox]:
         """The sandboxes that are assigned to a host."""
-        return [sandbox for sandbox in self.sandboxes.values() if sandbox.host == host]
+        return list(self._by_host.get(host, {}).values())
+
+    def survey(self) -> list[HostState]:
+        """The hosts as the scheduler sees them, by name. Only those that something changed on are counted anew."""
+        states = []
+        for name, host in sorted(self.hosts.items()):
+            ready = name in self.alive
+            known = self._surveyed.get(name)
+            if known is None or known[0] is not host or known[1] is not ready:
+                held = (residency for residency in self.residency.values() if residency.host == name)
+                state = scheduler.host_state(host, ready, self._by_host.get(name, {}).values(), held)
+                known = self._surveyed[name] = (host, ready, state)
+            states.append(known[2])
+        return states
 
     def holders(self, tenant: str, digest: str) -> list[str]:
         """The hosts that hold a tenant's image."""
@@ -129,6 +146,9 @@ class View:
             table.clear()
         self.alive.clear()
         before, self.sandboxes = self.sandboxes, {}
+        for index in (self._by_host, self._surveyed):
+            index.clear()
+        self.open_ends.clear()
         for record in records:
             self._put(record.key, record.value, record.mod_revision)
         for uid in before:
@@ -155,15 +175,15 @@ class View:
     def _put(self, key: str, value: bytes, revision: int) -> None:
         try:
             if key.startswith(keys.SANDBOXES):
-                sandbox = codec.decode(Sandbox, value, key, revision=revision)
-                self.sandboxes[sandbox.uid] = sandbox
-                self._mark(sandbox.uid)
+                self._set_sandbox(codec.decode(Sandbox, value, key, revision=revision))
             elif key.startswith(keys.HOSTS):
                 self.hosts[key.removeprefix(keys.HOSTS)] = codec.decode(Host, value, key, revision=revision)
             elif key.startswith(keys.IMAGES):
                 self.images[key] = codec.decode(Image, value, key, revision=revision)
             elif key.startswith(keys.RESIDENCY):
-                self.residency[key] = codec.decode(Residency, value, key)
+                held = codec.decode(Residency, value, key)
+                self.residency[key] = held
+                self._surveyed.pop(held.host, None)
         except BadState as error:  # one bad record must not blind the control plane to all the others
             log.error("%s", error)
             return
@@ -175,7 +195,7 @@ class View:
     def _delete(self, key: str) -> None:
         if key.startswith(keys.SANDBOXES):
             uid = keys.split_sandbox(key)[2]
-            self.sandboxes.pop(uid, None)
+            self._drop_sandbox(uid)
             self._mark(uid)
         elif key.startswith(keys.HOSTS):
             self.hosts.pop(key.removeprefix(keys.HOSTS), None)
@@ -185,4 +205,26 @@ class View:
             self.placements.pop(key.removeprefix(keys.PLACEMENTS), None)
         else:
             self.images.pop(key, None)
-            self.residency.pop(key, None)
+            held = self.residency.pop(key, None)
+            if held is not None:
+                self._surveyed.pop(held.host, None)
+
+    def _set_sandbox(self, sandbox: Sandbox) -> None:
+        self._drop_sandbox(sandbox.uid)
+        self.sandboxes[sandbox.uid] = sandbox
+        if sandbox.host:
+            self._by_host.setdefault(sandbox.host, {})[sandbox.uid] = sandbox
+            self._surveyed.pop(sandbox.host, None)
+        if lifecycle.is_open_ended(sandbox):
+            self.open_ends.add(sandbox.uid)
+        self._mark(sandbox.uid)
+
+    def _drop_sandbox(self, uid: str) -> None:
+        sandbox = self.sandboxes.pop(uid, None)
+        self.open_ends.discard(uid)
+        if sandbox is not None and sandbox.host:
+            there = self._by_host[sandbox.host]
+            del there[uid]
+            if not there:
+                del self._by_host[sandbox.host]
+            self._surveyed.pop(sandbox.host, None)

@@ -5,12 +5,10 @@ Invalid names the field by its path in the request (`spec.resources.memory_min_m
 
 from __future__ import annotations
 
-import hashlib
 import re
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
 
-from controlplane import codec, lifecycle
+from controlplane import lifecycle, transitions
 from controlplane.api.identity import NAME_PATTERN
 from controlplane.api.v1 import hosts_pb2, sandboxes_pb2
 from controlplane.edge.enums import (
@@ -25,9 +23,8 @@ from controlplane.edge.enums import (
 )
 from controlplane.edge.enums import seconds as seconds_of
 from controlplane.errors import Invalid
-from controlplane.model import DesiredState, Event, Process, Resize, Resources, Sandbox, SandboxSpec, SandboxStatus
+from controlplane.model import DesiredState, Process, Resize, Resources, Sandbox, SandboxSpec, SandboxStatus
 from controlplane.requests import Creation, Report, ResizeWish
-from controlplane.watching import Gone, Put, Told
 
 MAX_MEMORY_MIB = 1 << 30
 MAX_CPU_MILLI = 64_000
@@ -176,12 +173,6 @@ def parse_report(request: hosts_pb2.ReportSandboxRequest) -> Report:
     return Report(request.uid, request.host, request.epoch, observed, request.removed)
 
 
-def etag(sandbox: Sandbox) -> str:
-    """Changes with what is asked of a sandbox, not with what its host reports."""
-    asked = replace(sandbox, status=SandboxStatus(), host="", epoch=0)
-    return hashlib.sha256(codec.encode(asked)).hexdigest()[:16]
-
-
 def render_sandbox(sandbox: Sandbox) -> sandboxes_pb2.Sandbox:
     """A sandbox as users see it."""
     message = sandboxes_pb2.Sandbox(
@@ -193,7 +184,7 @@ def render_sandbox(sandbox: Sandbox) -> sandboxes_pb2.Sandbox:
         status=render_status(sandbox.status),
         created_at=timestamp(sandbox.created_at_s),
         resource_version=sandbox.revision,
-        etag=etag(sandbox),
+        etag=transitions.etag(sandbox),
         stop_grace_s=sandbox.stop_grace_s,
     )
     if sandbox.host or sandbox.epoch:
@@ -278,51 +269,3 @@ def render_resize(resize: Resize) -> sandboxes_pb2.ResizeStatus:
         cpu_milli=resize.cpu_milli,
         message=resize.message,
     )
-
-
-def parse_event(message: sandboxes_pb2.Event, *, host: str, tenant: str) -> Event:
-    """A host's event; `host` and `tenant` are what the control plane knows of it, whatever the message says."""
-    if message.kind not in ("sandbox", "image", "host"):
-        raise Invalid("event.kind", f"{message.kind!r} is none of sandbox, image, host")
-    if not message.subject or len(message.subject) > 256:
-        raise Invalid("event.subject", "it must have 1 to 256 characters")
-    text = message.message[:MAX_STATUS_CHARS]
-    return Event(
-        seconds_of(message.time), message.kind, message.subject, message.reason[:128], text, host=host, tenant=tenant
-    )
-
-
-def render_event(event: Event) -> sandboxes_pb2.Event:
-    """An entry of the event log."""
-    return sandboxes_pb2.Event(
-        resource_version=event.revision,
-        time=timestamp(event.time_s),
-        kind=event.kind,
-        subject=event.subject,
-        reason=event.reason,
-        message=event.message,
-        host=event.host,
-    )
-
-
-def render_told(told: Told) -> sandboxes_pb2.SandboxEvent:
-    """A watch's item, for users."""
-    return _render_told(told, render_sandbox)
-
-
-def render_told_host(told: Told) -> sandboxes_pb2.SandboxEvent:
-    """A watch's item, for the host."""
-    return _render_told(told, render_assignment)
-
-
-def _render_told(told: Told, render: Callable[[Sandbox], sandboxes_pb2.Sandbox]) -> sandboxes_pb2.SandboxEvent:
-    event = sandboxes_pb2.SandboxEvent(resource_version=told.revision)
-    if isinstance(told, Put):
-        event.kind = sandboxes_pb2.SandboxEvent.PUT
-        event.sandbox.CopyFrom(render(told.sandbox))
-    elif isinstance(told, Gone):
-        event.kind = sandboxes_pb2.SandboxEvent.DELETE
-        event.sandbox.CopyFrom(sandboxes_pb2.Sandbox(name=told.name, uid=told.uid, tenant=told.tenant))
-    else:
-        event.kind = sandboxes_pb2.SandboxEvent.BOOKMARK
-    return event

@@ -14,6 +14,7 @@ from controlplane.errors import Compacted, StoreError
 from controlplane.events import EventLog
 from controlplane.images import Images
 from controlplane.reconciler import REQUEST_KEPT_S, Reconciler
+from controlplane.records import Records
 from controlplane.relay import HostLinks
 from controlplane.requests import UsedRequest
 from controlplane.sandboxes import Sandboxes
@@ -36,10 +37,12 @@ async def keeping(path: Path, clock: Clock) -> AsyncIterator[tuple[Store, View, 
         images = Images(store, view)
         nowhere = Path("/nonexistent")
         links = HostLinks(TlsFiles(nowhere, nowhere, nowhere))
-        sandboxes = Sandboxes(store, view, images)
+        records = Records(store, view)
+        sandboxes = Sandboxes(store, view, records, images)
         log = EventLog(store)
         yield store, view, Reconciler(
-            store, view, sandboxes, images, links, log, lost_grace_s=1, history_s=100, now_s=clock, clock_s=clock
+            store, view, records, sandboxes, images, links, log,
+            lost_grace_s=1, history_s=100, now_s=clock, clock_s=clock,
         )  # fmt: skip
 
 

@@ -138,7 +138,7 @@ async def test_a_call_without_a_deadline_gets_one(plane: Plane, monkeypatch: pyt
     async def never(*_: object) -> None:
         await asyncio.Event().wait()
 
-    monkeypatch.setattr(plane.parts.sandboxes, "get", never)
+    monkeypatch.setattr(plane.parts.records, "get", never)
     with pytest.raises(grpc.aio.AioRpcError) as caught:
         await client.sandboxes.GetSandbox(sandboxes_pb2.GetSandboxRequest(name="box"))
     failure = parse_error(caught.value)
@@ -152,7 +152,7 @@ async def test_a_bug_is_told_as_one_and_harms_no_other_call(plane: Plane, monkey
         raise ZeroDivisionError
 
     with monkeypatch.context() as patched:
-        patched.setattr(plane.parts.sandboxes, "get", broken)
+        patched.setattr(plane.parts.records, "get", broken)
         with pytest.raises(grpc.aio.AioRpcError) as caught:
             await client.get("box")
         failure = parse_error(caught.value)

@@ -15,7 +15,6 @@ from controlplane import config, keys, lifecycle, names, paging, transitions
 from controlplane.api.identity import NAME_PATTERN
 from controlplane.api.v1 import sandboxes_pb2
 from controlplane.edge import enums
-from controlplane.edge import sandboxes as edge
 from controlplane.errors import ConfigError, Invalid, Precondition
 from controlplane.model import DesiredState, Phase, ResizeState, Resources, Sandbox, SandboxSpec, SandboxStatus
 from controlplane.quotas import Quota
@@ -111,10 +110,10 @@ def test_giving_up_fences_the_old_host() -> None:
 
 
 def test_an_etag_follows_what_is_asked_and_not_what_is_reported() -> None:
-    tag = edge.etag(BOX)
-    assert edge.etag(in_phase(Phase.RUNNING)) == tag
-    assert edge.etag(transitions.resized(BOX, ResizeWish(memory_mib=512))) != tag
-    assert edge.etag(transitions.stopped(in_phase(Phase.RUNNING), 3, 1.0)) != tag
+    tag = transitions.etag(BOX)
+    assert transitions.etag(in_phase(Phase.RUNNING)) == tag
+    assert transitions.etag(transitions.resized(BOX, ResizeWish(memory_mib=512))) != tag
+    assert transitions.etag(transitions.stopped(in_phase(Phase.RUNNING), 3, 1.0)) != tag
 
 
 # Names, keys, page tokens.

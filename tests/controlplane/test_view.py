@@ -5,14 +5,26 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
+from random import Random
 
 import pytest
 
-from controlplane import codec, keys, transitions
+from controlplane import codec, keys, lifecycle, scheduler, transitions
 from controlplane.errors import Compacted
-from controlplane.model import Capacity, Host, Residency, Resources, Sandbox, SandboxSpec
-from controlplane.store.contract import Delete, Put, Store
+from controlplane.model import (
+    Capacity,
+    DesiredState,
+    Host,
+    Phase,
+    Residency,
+    Resources,
+    Sandbox,
+    SandboxSpec,
+    SandboxStatus,
+)
+from controlplane.store.contract import Delete, Put, Store, Write
 from controlplane.store.sqlite import open_sqlite
 from controlplane.view import View
 from controlplane.watching import Bookmark, Gone, watch_assignments
@@ -59,6 +71,32 @@ async def test_what_was_there_before_and_what_comes_after_are_both_seen(tmp_path
         gone = [Delete(keys.host("h1")), Delete(keys.residency("t", "sha256:1", "h1")), Delete(keys.placement("h1"))]
         await view.reached(await store.commit([*gone, Delete(keys.sandbox("t", "name-a", "a"))]))
         assert (view.hosts, view.alive, view.residency, view.placements, view.sandboxes) == ({}, set(), {}, {}, {})
+
+
+async def test_what_it_counts_as_it_goes_is_what_a_count_of_everything_gives(tmp_path: Path) -> None:
+    random = Random(5)
+    async with viewed(tmp_path / "s.db") as (store, view):
+        for step in range(150):
+            uid, host = f"u{random.randrange(8)}", random.choice(("", "h1", "h2"))
+            phase = random.choice(list(Phase))
+            one = replace(sandbox(uid, host), status=SandboxStatus(phase), desired=random.choice(list(DesiredState)))
+            held = Residency("t", "sha256:1", random.choice(("h1", "h2")), 1.0)
+            place = keys.residency(held.tenant, held.digest, held.host)
+            sizes = Capacity(memory_mib=random.randrange(9000), vm_overhead_mib=64)
+            writes: list[Write] = [
+                stored(one), stored(one), Delete(stored(one).key), Put(place, codec.encode(held)), Delete(place),
+                Put(keys.host("h1"), codec.encode(Host("h1", sizes, "x:1", 1.0))), Put(keys.alive("h1"), b""),
+                Put(keys.host("h2"), codec.encode(Host("h2", sizes, "x:1", 1.0))), Delete(keys.alive("h1")),
+            ]  # fmt: skip
+            await view.reached(await store.commit([random.choice(writes)]))
+            if step % 3 == 0:
+                counted = scheduler.survey(
+                    view.hosts.values(), view.alive, view.sandboxes.values(), view.residency.values()
+                )
+                assert view.survey() == counted
+                mine = {s.uid for s in view.sandboxes.values() if s.host == "h1"}
+                assert {s.uid for s in view.on_host("h1")} == mine
+                assert view.open_ends == {s.uid for s in view.sandboxes.values() if lifecycle.is_open_ended(s)}
 
 
 async def test_a_record_that_cannot_be_read_hides_no_other_one(
