@@ -19,7 +19,7 @@ from dataclasses import dataclass
 
 from guestagent.errors import BadRequest, GuestRefused, ProtocolError, SessionClosed, WindowFull
 from guestagent.flow import EventBudget, ProcCarry, ProcLedger, SessionCarry
-from guestagent.frames import FrameReader, Limits, SyncHunter, decode_payload, encode_frame, sync_flush
+from guestagent.frames import SYNC_BYTES, FrameReader, Limits, SyncHunter, decode_payload, encode_frame, sync_flush
 from guestagent.lifecycle import TRANSITIONS, SessionState, Trigger
 from guestagent.messages import (
     MAX_SIGNAL,
@@ -149,10 +149,13 @@ class AgentSession:
 
     # Opening.
 
-    def open(self) -> bytes:
-        """The SYNC flush. Nothing else may be written before Synced comes."""
+    def open(self, *, at_boundary: bool = False) -> bytes:
+        """The SYNC flush. Nothing else may be written before Synced comes.
+
+        `at_boundary`: the caller knows that the agent stands between frames and has had all that was ever written
+        to it (a clone of a guest that was frozen so). A single SYNC is heard then."""
         self._require(SessionState.UNSYNCED)
-        return self._flush
+        return self._flush[:SYNC_BYTES] if at_boundary else self._flush
 
     def hello(self) -> bytes:
         """HELLO, once, after Synced. Its answer comes as HelloReceived."""

@@ -67,16 +67,22 @@ class AgentLink:
 
     @classmethod
     async def connect(
-        cls, path: Path, *, deadline_s: float, gone: asyncio.Future[str], carry: SessionCarry | None = None
+        cls,
+        path: Path,
+        *,
+        deadline_s: float,
+        gone: asyncio.Future[str],
+        carry: SessionCarry | None = None,
+        at_boundary: bool = False,
     ) -> AgentLink:
         """Connects and greets; returns when the guest's agent answered. StartFailed when the VMM goes first
-        (`gone` resolves), AgentLost after the deadline or on a breach."""
+        (`gone` resolves), AgentLost after the deadline or on a breach. `at_boundary`: see AgentSession.open."""
         try:
             async with asyncio.timeout(deadline_s):
                 reader, writer = await asyncio.open_unix_connection(str(path), limit=READ_BYTES)
                 link = cls(AgentSession(os.urandom(8), carry=carry), reader, writer)
                 try:
-                    link._task = asyncio.create_task(link._run(), name=f"agent {path.parent.name}")
+                    link._task = asyncio.create_task(link._run(at_boundary), name=f"agent {path.parent.name}")
                     waited: set[asyncio.Future[Any]] = {link._hello, link.lost, gone}
                     await asyncio.wait(waited, return_when=asyncio.FIRST_COMPLETED)
                     if link._hello.done():
@@ -101,10 +107,10 @@ class AgentLink:
         """What the guest said of itself at HELLO."""
         return self._hello.result()
 
-    async def _run(self) -> None:
+    async def _run(self, at_boundary: bool) -> None:
         why = "the agent closed its port"
         try:
-            self._writer.write(self._session.open())
+            self._writer.write(self._session.open(at_boundary=at_boundary))
             while data := await self._reader.read(READ_BYTES):
                 self._receive(data)
                 await self._writer.drain()  # who does not read what we say is not listened to either

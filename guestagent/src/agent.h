@@ -62,7 +62,7 @@ struct proc {
 struct world {
     pid_t init; /* 0: none runs */
     bool ended; /* killed, and not replaced */
-    int mnt_fd, ipc_fd, pts_fd, proc_fd;
+    int mnt_fd, ipc_fd, pts_fd, proc_fd, shm_fd;
 };
 
 /* The workload's cgroup, in which it can be made to stand still. */
@@ -93,7 +93,8 @@ struct agent {
     const char *root; /* what becomes the workload's root */
     int epoll_fd, signal_fd, port_fd, listener_fd, pressure_fd;
     bool greeted;  /* HELLO was answered in this session */
-    bool prepared; /* the layers named in `pending` are mounted and joined */
+    bool prepared; /* the layers named in `pending` are mounted, the workload's world is made; nobody lives
+                      there */
     bool configured, peer_gone;
     char boot_id[40];
     struct rx rx;
@@ -169,10 +170,12 @@ int layers_resize_upper(struct agent *agent);
 int layers_mount(struct agent *agent);
 void layers_unmount(void);
 int world_start(struct agent *agent);
+int world_resize(struct agent *agent);
 void world_kill(struct agent *agent);
 void world_leave(struct agent *agent); /* at the end, on a build machine */
 int identity_kernel(struct agent *agent, const struct configure *configure);
-int identity_files(struct agent *agent);
+int identity_files(struct agent *agent); /* in PREPARE: with nobody's names in them */
+int loopback_up(void);
 
 /* freezer.c */
 void freezer_open(struct agent *agent);

@@ -82,6 +82,10 @@ void boot(struct agent *agent) {
     /* Before virtio_mem comes: what is plugged shall be free to be unplugged, so never kernel memory. */
     write_once("/sys/devices/system/memory/auto_online_blocks", "online_movable");
     load_modules();
+    int error = loopback_up();
+    if (error) {
+        log_line("the loopback interface stays down", "", error);
+    }
     if (!port_find(agent, PORT_DEADLINE_MS)) {
         log_line("no virtio port is called ", "sandloom.agent", ENODEV);
         sync();

@@ -1,7 +1,8 @@
 /* PREPARE and CONFIGURE: from a booted guest to one sandbox. Waits for devices in the loop, never in a call.
  *
- * PREPARE mounts an image and nothing else: what a template of that image is frozen with. The clone's
- * CONFIGURE then finds its layers mounted.
+ * PREPARE does all that is the same for every sandbox of an image: it mounts the layers and makes the
+ * workload's world. A template of that image is frozen so, and its clones' CONFIGURE gives them their
+ * identity only.
  */
 #include <errno.h>
 #include <string.h>
@@ -76,23 +77,27 @@ static int missing(struct agent *agent) {
     return because(agent, ENODEV, "no device holds layer ", text.data);
 }
 
+/* So that the host may ask again. */
+static void forget(struct agent *agent) {
+    if (agent->prepared) {
+        world_kill(agent);
+    }
+    if (agent->in_guest) {
+        layers_unmount();
+    }
+}
+
 static int finish(struct agent *agent) {
     int error = 0;
     if (agent->in_guest) {
         error = agent->prepared ? layers_resize_upper(agent) : layers_mount(agent);
+        error = error ? error : identity_files(agent);
     }
-    if (error == 0 && agent->pending.preparing) {
-        agent->prepared = true;
-        return 0;
+    error = error ? error : agent->prepared ? world_resize(agent) : world_start(agent);
+    if (error) {
+        forget(agent);
     }
-    if (error == 0 && agent->in_guest) {
-        error = identity_files(agent);
-    }
-    error = error ? error : world_start(agent);
-    if (error && agent->in_guest) {
-        layers_unmount();
-        agent->prepared = false;
-    }
+    agent->prepared = error == 0 && agent->pending.preparing;
     return error;
 }
 

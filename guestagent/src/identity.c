@@ -31,7 +31,7 @@ static int credit_entropy(const struct bytes *entropy) {
     return error;
 }
 
-static int loopback_up(void) {
+int loopback_up(void) {
     struct ifreq request = {.ifr_name = "lo"};
     int fd = socket(AF_INET, SOCK_DGRAM | SOCK_CLOEXEC, 0);
     if (fd < 0) {
@@ -57,8 +57,7 @@ int identity_kernel(struct agent *agent, const struct configure *configure) {
     if (sethostname(configure->hostname.data, configure->hostname.size) < 0) {
         return because(agent, errno, "hostname", "");
     }
-    error = loopback_up();
-    return error ? because(agent, error, "loopback interface", "") : 0;
+    return 0;
 }
 
 /* A folder of the image: whatever links it has, they end inside the image. */
@@ -67,11 +66,19 @@ static int open_inside(int root, const char *path) {
     return (int)syscall(SYS_openat2, root, path, &how, sizeof(how));
 }
 
-static int write_file(struct agent *agent, int folder, const char *name, const char *text, mode_t mode) {
-    if (unlinkat(folder, name, 0) < 0 && errno != ENOENT) {
-        return because(agent, errno, "cannot replace /etc/", name);
+/* In a prepared image the file is our own, and nobody but us has run since. */
+static int open_file(const struct agent *agent, int folder, const char *name, mode_t mode) {
+    if (agent->prepared) {
+        return openat(folder, name, O_WRONLY | O_TRUNC | O_NOFOLLOW | O_CLOEXEC);
     }
-    int fd = openat(folder, name, O_WRONLY | O_CREAT | O_EXCL | O_NOFOLLOW | O_CLOEXEC, mode);
+    if (unlinkat(folder, name, 0) < 0 && errno != ENOENT) {
+        return -1;
+    }
+    return openat(folder, name, O_WRONLY | O_CREAT | O_EXCL | O_NOFOLLOW | O_CLOEXEC, mode);
+}
+
+static int write_file(struct agent *agent, int folder, const char *name, const char *text, mode_t mode) {
+    int fd = open_file(agent, folder, name, mode);
     if (fd < 0) {
         return because(agent, errno, "cannot write /etc/", name);
     }

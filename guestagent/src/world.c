@@ -2,7 +2,7 @@
  *
  * Everything that is mounted there is mounted before any workload runs, with the image's root as root, so
  * that no link of an image leads anywhere else. The agent keeps descriptors of what it needs later
- * (namespaces, devpts, /proc) and never follows a path of the workload's again.
+ * (namespaces, devpts, /proc, /dev/shm) and never follows a path of the workload's again.
  */
 #include <errno.h>
 #include <fcntl.h>
@@ -81,6 +81,11 @@ static void enter_root(const struct agent *agent) {
     must(chdir("/"), "root");
 }
 
+static void shm_size(struct text *size, uint64_t upper_mib) {
+    text_add_u64(size, upper_mib / 2 + 1);
+    text_add(size, "m");
+}
+
 static void mount_devices(uint64_t upper_mib) {
     char buffer[64];
     struct text size;
@@ -99,8 +104,7 @@ static void mount_devices(uint64_t upper_mib) {
     make_folder("/dev/shm", 01777);
     text_init(&size, buffer, sizeof(buffer));
     text_add(&size, "mode=1777,size=");
-    text_add_u64(&size, upper_mib / 2 + 1);
-    text_add(&size, "m");
+    shm_size(&size, upper_mib);
     must(mount("shm", "/dev/shm", "tmpfs", MS_NOSUID | MS_NOEXEC | MS_NODEV, size.data), "/dev/shm");
 }
 
@@ -177,9 +181,28 @@ static bool hold(struct world *world) {
     world->ipc_fd = open_of(world->init, "/ns/ipc", O_RDONLY);
     world->pts_fd = open_of(world->init, "/root/dev/pts", O_RDONLY | O_DIRECTORY);
     world->proc_fd = open_of(world->init, "/root/proc", O_RDONLY | O_DIRECTORY);
+    world->shm_fd = open_of(world->init, "/root/dev/shm", O_RDONLY | O_DIRECTORY);
     return world->mnt_fd >= 0 && world->ipc_fd >= 0 && world->pts_fd >= 0 && world->proc_fd >= 0 &&
+           fstatfs(world->shm_fd, &info) == 0 && info.f_type == TMPFS_MAGIC &&
            fstatfs(world->pts_fd, &info) == 0 && info.f_type == DEVPTS_SUPER_MAGIC &&
            fstatfs(world->proc_fd, &info) == 0 && info.f_type == PROC_SUPER_MAGIC;
+}
+
+/* The size of /dev/shm, by the descriptor that was opened when it was mounted. */
+int world_resize(struct agent *agent) {
+    char buffer[32];
+    struct text size;
+    text_init(&size, buffer, sizeof(buffer));
+    shm_size(&size, agent->pending.upper_mib);
+    int context = fspick(agent->world.shm_fd, "", FSPICK_EMPTY_PATH | FSPICK_CLOEXEC);
+    int error = context < 0 || fsconfig(context, FSCONFIG_SET_STRING, "size", size.data, 0) < 0 ||
+                        fsconfig(context, FSCONFIG_CMD_RECONFIGURE, NULL, NULL, 0) < 0
+                    ? errno
+                    : 0;
+    if (context >= 0) {
+        close(context);
+    }
+    return error ? because(agent, error, "/dev/shm: size ", size.data) : 0;
 }
 
 /* From now on children of this process are born where it lives itself. */

@@ -9,8 +9,8 @@ from collections.abc import Callable
 import pytest
 
 from guestagent.errors import BadRequest, GuestRefused, ProtocolError, SessionClosed, WindowFull
-from guestagent.fake import DEFAULT_STATS
-from guestagent.frames import ANSWER_MAGIC, Limits, sync_flush
+from guestagent.fake import DEFAULT_STATS, FakeAgent
+from guestagent.frames import ANSWER_MAGIC, SYNC_MAGIC, Limits, sync_flush
 from guestagent.lifecycle import TRANSITIONS, SessionState, Trigger
 from guestagent.messages import (
     AgentEvent,
@@ -33,6 +33,7 @@ from tests.guestagent.sessions import (
     CONFIGURE,
     MAIN,
     NONCE,
+    Link,
     frame,
     hello_reply,
     ready,
@@ -83,6 +84,19 @@ def test_a_session_opens_step_by_step() -> None:
     session.close()
     session.close()
     assert session.state.name == "CLOSED"
+
+
+def test_one_sync_is_enough_for_an_agent_that_stands_between_frames() -> None:
+    agent = FakeAgent()
+    link = Link.connect(agent)
+    link.session.close()
+    agent.hang_up()
+    session = AgentSession(b"another!")
+    flush = session.open(at_boundary=True)
+    assert flush == SYNC_MAGIC + b"another!"
+    assert session.receive(agent.receive(flush), 0.0) == [Synced()]
+    session.receive(agent.receive(session.hello()), 0.0)
+    assert session.state.name == "READY"
 
 
 def test_calls_out_of_turn_are_the_callers_fault_and_change_nothing() -> None:

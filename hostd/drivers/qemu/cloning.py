@@ -178,7 +178,7 @@ class Cloner:
             vmm = await self._vmms.reach(restored.shape, handle, stack)
             await snapshot.load_state(vmm.control, state_fd, gone=vmm.process.gone)
             await vmm.control.execute("cont")
-            await self._vmms.reach_agent(restored.shape, vmm, stack)
+            await self._vmms.reach_agent(restored.shape, vmm, stack, at_boundary=True)
 
     # Cloning.
 
@@ -218,7 +218,7 @@ class Cloner:
                 await vmm.control.execute("device_add", **plug.device)
         await vmm.control.execute("cont")
         running_s = self._clock()
-        return await self._vmms.reach_agent(shape, vmm, stack), running_s
+        return await self._vmms.reach_agent(shape, vmm, stack, at_boundary=True), running_s
 
     def _launch(self, plan: StartPlan, shape: GuestShape) -> Launch:
         named = replace(shape, uid=plan.spec.uid, folder=plan.folder)

@@ -125,12 +125,21 @@ class Vmms:
         return Vmm(process, control)
 
     async def reach_agent(
-        self, shape: GuestShape, vmm: Vmm, stack: AsyncExitStack, carry: SessionCarry | None = None
+        self,
+        shape: GuestShape,
+        vmm: Vmm,
+        stack: AsyncExitStack,
+        carry: SessionCarry | None = None,
+        *,
+        at_boundary: bool = False,
     ) -> AgentLink:
-        """The booted guest's agent, closed by `stack`. StartFailed with the last words of QEMU or the guest."""
-        deadline_s = self._boot_deadline_s
+        """The booted guest's agent, closed by `stack`. StartFailed with the last words of QEMU or the guest.
+        `at_boundary`: see AgentSession.open."""
+        deadline_s, gone = self._boot_deadline_s, vmm.process.gone
         try:
-            link = await AgentLink.connect(shape.agent_path, deadline_s=deadline_s, gone=vmm.process.gone, carry=carry)
+            link = await AgentLink.connect(
+                shape.agent_path, deadline_s=deadline_s, gone=gone, carry=carry, at_boundary=at_boundary
+            )
         except StartFailed as error:
             raise StartFailed(f"{error}; QEMU said: {said(shape.folder)}", reason=error.reason) from error
         except AgentLost as error:
