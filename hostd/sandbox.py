@@ -17,6 +17,7 @@ from hostd.errors import CommandFailed, HostdError, NotRunning
 from hostd.journal import Handle, Outcome, Record
 from hostd.lifecycle import ENDED, Phase, move
 from hostd.logs import OutputLog
+from hostd.pools import Taken
 from hostd.resize import ResizeProgress, ResizeState
 from hostd.spec import Command, DesiredState, SandboxSpec
 from hostd.supervision import KILLED_EXIT_CODE, supervise
@@ -253,10 +254,16 @@ class Sandbox:
         image = await self._host.take_image(self.spec)
         command = image.command(self.spec)
         async with self._host.start_slot():
-            self._host.admit(self.spec)
-            vm_uid = self._host.claim_vm_uid()
-            self._move(Phase.STARTING, vm_uid=vm_uid, command=command)
-            engine = await self._host.driver.start(StartPlan(self.spec, image.layers, vm_uid, self.folder), self._made)
+            taken = self._host.take_member(self.spec)
+            try:
+                self._host.admit(self.spec)
+                vm_uid = taken.vm_uid if taken else self._host.claim_vm_uid()
+                self._move(Phase.STARTING, vm_uid=vm_uid, command=command)
+            except BaseException:
+                if taken is not None:
+                    await to_its_end(self._host.end_member(taken))
+                raise
+            engine = await self._engine(StartPlan(self.spec, image.layers, vm_uid, self.folder), taken)
         begin_s = self._loop.time()
         try:
             main = await engine.spawn(command, main=True)
@@ -270,6 +277,19 @@ class Sandbox:
         times = ", ".join(f"{name} {seconds:.2f} s" for name, seconds in phases)
         self.tell("Started", f"{engine.origin}; {times}" if engine.origin else times)
         return self.live
+
+    async def _engine(self, plan: StartPlan, taken: Taken | None) -> Engine:
+        """The member that was taken, as this sandbox; without one, or when that does not work, a start of its own."""
+        warming = self._host.driver.warming
+        if taken is not None and warming is not None:
+            try:
+                engine = await warming.claim(taken.guest, plan, self._made)
+            except HostdError as error:
+                self.tell("ClaimFailed", f"member {taken.member.uid} of pool {taken.pool}, so it is started: {error}")
+            else:
+                engine.origin = f"{engine.origin} from pool {taken.pool}"
+                return engine
+        return await self._host.driver.start(plan, self._made)
 
     def _made(self, handle: Handle) -> None:
         self._write(replace(self.record, handle=handle))

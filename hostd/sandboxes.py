@@ -26,10 +26,12 @@ from hostd.drivers.contract import Driver, LayerFile
 from hostd.errors import HostdError, SandboxGone
 from hostd.journal import Journal, Record
 from hostd.lifecycle import Phase
+from hostd.pools import Pools, Taken
 from hostd.removal import remove_folder
 from hostd.resize import ResizeProgress
 from hostd.sandbox import Sandbox
 from hostd.spec import Command, DesiredState, Resources, SandboxSpec
+from hostd.warmpool import MEMBER_PREFIX
 from sharedcache.images import ImageConfig
 from sharedcache.store import Store
 
@@ -108,6 +110,7 @@ class Sandboxes:
         self._claimed: set[int] = set()
         self._group: asyncio.TaskGroup | None = None
         self.ready = asyncio.Event()
+        self.pools = Pools(self)
 
     async def run(self) -> None:
         """Takes over what the journal names (then `ready` is set), then owns every sandbox's task until cancelled."""
@@ -116,20 +119,29 @@ class Sandboxes:
             self._group = group
             for record in records:
                 self._begin(record)
+            group.create_task(self.pools.run(), name="pools")
             self.ready.set()
             await asyncio.Event().wait()
 
     async def _recover(self) -> list[Record]:
         records = await asyncio.to_thread(lambda: list(self.journal.records()))
         known = {record.spec.uid for record in records}
+        known |= {record.handle.member for record in records if record.handle and record.handle.member}
         self.run_dir.mkdir(parents=True, exist_ok=True, mode=0o711)
         for folder in sorted(self.run_dir.iterdir()):  # its record was moved away, or a crash came before it
             if folder.is_dir() and folder.name not in known:
                 log.warning("%s belongs to no record: what runs there is ended", folder)
                 await self.driver.destroy(folder.name, folder, None)
+        await asyncio.to_thread(self._release_members)
         for folder in self.config.state_dir.glob(f"{IMPORT_PREFIX}*"):
             await asyncio.to_thread(remove_folder, folder)
         return records
+
+    def _release_members(self) -> None:
+        """Unpins the images of pool members: those of a former hostd have ended, and claimed ones are sandboxes."""
+        for owner in self.store.pins():
+            if owner.startswith(images.pin_owner(MEMBER_PREFIX)):
+                self.store.unpin(owner)
 
     def _begin(self, record: Record) -> None:
         assert self._group is not None, "run() comes first"
@@ -193,7 +205,15 @@ class Sandboxes:
         """What running and starting sandboxes are guaranteed."""
         return [s.spec.resources for s in self.all() if s.record.phase in HOLDS_MEMORY and s.spec.uid != but]
 
-    # What a sandbox asks of its host (hostd.sandbox.Host).
+    def held_resources(self, *, but: str = "") -> list[Resources]:
+        """What is promised on this host: to sandboxes, and to the members of pools."""
+        return [*self.live_resources(but=but), *self.pools.held()]
+
+    def starting(self) -> int:
+        """How many sandboxes are being started."""
+        return sum(1 for s in self.all() if s.record.phase is Phase.STARTING)
+
+    # What a sandbox and the pools ask of their host (hostd.sandbox.Host, hostd.pools.PoolHost).
 
     async def take_image(self, spec: SandboxSpec) -> ImageInUse:
         """Its layers, verified and pinned."""
@@ -206,7 +226,7 @@ class Sandboxes:
 
     def admit(self, spec: SandboxSpec) -> None:
         """ShortOfResources when it must not start now."""
-        admit(self.host_now(), self.live_resources(but=spec.uid), spec.resources)
+        admit(self.host_now(), self.held_resources(but=spec.uid), spec.resources)
 
     def host_now(self) -> HostNow:
         """The host's memory and disk at this moment."""
@@ -228,6 +248,18 @@ class Sandboxes:
                 return uid
         raise HostdError(f"all VM uids {FIRST_VM_UID}-{LAST_VM_UID} are taken: remove ended sandboxes")
 
+    def release_vm_uid(self, vm_uid: int) -> None:
+        """Nothing runs as it any more."""
+        self._claimed.discard(vm_uid)
+
+    def take_member(self, spec: SandboxSpec) -> Taken | None:
+        """A warm guest for the sandbox, if a pool has one that fits."""
+        return self.pools.take(spec)
+
+    async def end_member(self, taken: Taken) -> None:
+        """It is not needed after all."""
+        await self.pools.end(taken)
+
     def start_slot(self) -> asyncio.Semaphore:
         """Starts are CPU-bound: more at once than this only makes all of them slower."""
         return self._slots
@@ -239,7 +271,12 @@ class Sandboxes:
             if sandbox.record.vm_uid is not None:
                 self._claimed.discard(sandbox.record.vm_uid)
         self._report(Report(sandbox.record, sandbox.resize, removed))
+        self.pools.poke()
 
     def event(self, sandbox: Sandbox, reason: str, message: str) -> None:
         """Puts it into the event log."""
         self._happened(Happened(sandbox.spec.name, reason, message, self.now_s()))
+
+    def pool_event(self, name: str, reason: str, message: str) -> None:
+        """The same, of a pool."""
+        self._happened(Happened(name, reason, message, self.now_s(), kind="pool"))

@@ -67,7 +67,7 @@ class Server:
         capacity = hosts_pb2.HostCapacity(
             memory_mib=memory.total >> 20,
             memory_available_mib=memory.available >> 20,
-            memory_reserved_mib=reserved_mib(live),
+            memory_reserved_mib=reserved_mib(self.sandboxes.held_resources()),
             cpu_milli=1000 * (os.cpu_count() or 1),
             disk_free_mib=shutil.disk_usage(self.config.state_dir).free >> 20,
             system_reserve_mib=self.config.memory_reserve_mib,

@@ -109,13 +109,17 @@ class Runtime(hosts_pb2_grpc.HostRuntimeServicer):
             attempt += 1
             live = [(sandbox.spec, sandbox.live.engine) for sandbox in self._sandboxes.all() if sandbox.live]
             regions: dict[str, list[Region]] = {spec.uid: await engine.regions() for spec, engine in live}
+            names = {spec.uid: spec.name for spec, _ in live}
+            for member, guest in self._sandboxes.pools.ready():  # in rows named after the pool
+                regions[member.uid] = await guest.regions()
+                names[member.uid] = member.pool.name
             try:
                 measured = await asyncio.to_thread(ledger.measure, regions)
             except OSError:
                 if attempt == MEASURE_ATTEMPTS:
                     raise
                 continue
-            return measured, {spec.uid: spec.name for spec, _ in live}
+            return measured, names
 
 
 @contextlib.asynccontextmanager
