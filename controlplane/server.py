@@ -96,7 +96,7 @@ class ControlPlane:
         )
         hosts_pb2_grpc.add_HostsServicer_to_server(HostsService(self.gate, self.store, self.registry), server)
         hosts_pb2_grpc.add_HostSyncServicer_to_server(
-            HostSyncService(self.gate, self.view, self.registry, Reports(self.store, self.records), self.event_log),
+            HostSyncService(self.gate, self.view, self.registry, self.reports, self.event_log),
             server,
         )
         health_pb2_grpc.add_HealthServicer_to_server(self.health, server)
