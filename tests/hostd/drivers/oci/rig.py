@@ -51,8 +51,10 @@ PROGRAMS = Programs(
 
 
 def layer_of(tar: bytes | Path, blob: Path) -> LayerFile:
-    """A tar converted into a layer at `blob`."""
+    """A tar converted into a layer at `blob`, on the disk as the store has it: dirty pages cannot be let go of."""
     meta = convert(tar, blob)
+    with blob.open("rb") as file:
+        os.fsync(file.fileno())
     return LayerFile(blob, meta.blob_bytes, meta.volume_uuid, 0)
 
 
