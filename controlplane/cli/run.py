@@ -33,7 +33,9 @@ CREATE_TRIES = 3
 GONE_S = 30.0  # how long a host may take to let go of a sandbox that ended
 NUDGE_S = 2.0  # after that much of it the removal is asked for outright
 TELL_S = 0.5
+START_S = 300.0  # how long `run -d` waits for the program to run
 COULD_NOT_RUN = (126, 127)
+BEGUN = (sandboxes_pb2.RUNNING, sandboxes_pb2.STOPPING)
 
 
 @dataclass(frozen=True)
@@ -110,9 +112,7 @@ def act(options: RunOptions, shell: Shell) -> int:
 async def _run(fabric: Fabric, options: RunOptions, shell: Shell) -> int:
     process = options.process
     if options.detach:
-        sandbox = await create(fabric, options, spec_of(options, None))
-        shell.printer.write(f"{sandbox.name}\n")
-        return 0
+        return await _detached(fabric, options, shell)
     if process.tty and process.stdin and not os.isatty(shell.stdio.stdin):
         raise CliError("-t needs a terminal", "standard input is none", "leave -t out to use it in a pipe")
     async with Console(shell.stdio, stdin=process.stdin, tty=process.tty, detachable=True) as console:
@@ -132,6 +132,28 @@ async def _run(fabric: Fabric, options: RunOptions, shell: Shell) -> int:
             await _end(fabric, sandbox, options)
             return attachment.exit_code_of(ended)
     return await _finish(fabric, ended, sandbox, options, shell)
+
+
+async def _detached(fabric: Fabric, options: RunOptions, shell: Shell) -> int:
+    """Returns once its program runs (or has run), so that what comes next can count on it."""
+    sandbox = await create(fabric, options, spec_of(options, None))
+    shell.printer.write(f"{sandbox.name}\n")
+    with Progress(quiet=shell.quiet or not sys.stderr.isatty()) as progress:
+        progress.update(f"starting {sandbox.name}")
+        now = await lookup.until(fabric, sandbox.uid, _has_begun, deadline_s=START_S)
+    if now is None or not _has_begun(now):
+        if now is not None:
+            shell.say(f"{sandbox.name} is still starting; `sandloom events -w --subject {sandbox.name}` tells on")
+        return 0
+    if now.status.phase == sandboxes_pb2.FAILED:
+        raise lookup.failure_of(now)
+    if now.status.has_exit_code and now.status.exit_code in COULD_NOT_RUN and now.status.message:
+        return told(Exited(now.status.exit_code, now.status.message), " ".join(options.process.program), shell)
+    return 0
+
+
+def _has_begun(now: sandboxes_pb2.Sandbox | None) -> bool:
+    return lookup.has_ended(now) or (now is not None and now.status.phase in BEGUN)
 
 
 @asynccontextmanager

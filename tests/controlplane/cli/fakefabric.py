@@ -207,6 +207,7 @@ class FakeFabric(
             sandbox.status.phase = sandboxes_pb2.RUNNING
             status = sandboxes_pb2.ExitStatus(code=self.programs[argv0](process))
         sandbox.status.exit_code, sandbox.status.has_exit_code = status.code, True
+        sandbox.status.message = status.message
         sandbox.status.finished_at.GetCurrentTime()
         sandbox.status.phase = sandboxes_pb2.EXITED
         process.end(status)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pytest
+
 from controlplane.api.status import Condition, Failure
 from controlplane.api.v1 import sandboxes_pb2
 from controlplane.cli.attachment import STRIKES
@@ -129,6 +131,23 @@ def test_a_pipe_that_was_being_read_is_not_taken_up_again(fabric: FakeFabric, cl
 def test_detached_prints_the_name(fabric: FakeFabric, cli: Cli) -> None:
     fabric.programs["three"] = three
     assert cli.ok("run", "-d", "--name", "box", "debian", "--", "three") == "box\n"
+
+
+def test_detached_returns_once_the_program_runs(fabric: FakeFabric, cli: Cli) -> None:
+    """So that `run -d` and then `exec` works."""
+    fabric.programs["waits"] = lambda process: process.signals.get(timeout=10)
+    cli.ok("run", "-d", "--name", "box", "debian", "--", "waits")
+    (sandbox,) = fabric.sandboxes.values()
+    assert sandbox.status.phase == sandboxes_pb2.RUNNING
+
+
+@pytest.mark.parametrize(
+    ("program", "code", "words"), [("nothing", 127, "not found"), ("never-starts", 125, "KernelPanic")]
+)
+def test_detached_tells_what_did_not_start(fabric: FakeFabric, cli: Cli, program: str, code: int, words: str) -> None:
+    done = cli("run", "-d", "--name", "box", "debian", "--", program)
+    assert (done.code, done.out) == (code, "box\n")
+    assert words in done.err
 
 
 def test_the_spec_says_what_was_asked(fabric: FakeFabric, cli: Cli) -> None:
