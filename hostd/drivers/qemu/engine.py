@@ -17,14 +17,13 @@ from hostd.cgroups import Hierarchy
 from hostd.drivers.contract import Loss, MemoryNow, Region
 from hostd.drivers.qemu.control import Control
 from hostd.drivers.qemu.plan import limits_for
+from hostd.drivers.qemu.vmm import first_loss
 from hostd.errors import ControlLost, HostdError, InvalidSpec
 from hostd.journal import Handle
 from hostd.process import WatchedProcess
 from hostd.regions import regions_of
 from hostd.spec import Command, MemoryShape, Resources
 from hostd.turnstile import Turnstile
-
-EXIT_LAG_S = 0.5
 
 
 @dataclass(frozen=True)
@@ -68,13 +67,7 @@ class QemuEngine:
 
     async def wait_gone(self) -> Loss:
         """See Engine.wait_gone."""
-        gone, lost = self._parts.process.gone, self._parts.link.lost
-        await asyncio.wait({gone, lost}, return_when=asyncio.FIRST_COMPLETED)
-        if not gone.done():  # the port closes a moment before the process is seen to end
-            await asyncio.wait({gone}, timeout=EXIT_LAG_S)
-        if gone.done():
-            return Loss("VmmExited", f"QEMU is gone: {gone.result()}")
-        return Loss("AgentLost", f"the agent is lost: {lost.result()}")
+        return await first_loss(self._parts.process.gone, self._parts.link.lost)
 
     async def spawn(self, command: Command, *, main: bool) -> AgentProcess:
         """See Engine.spawn."""

@@ -18,6 +18,7 @@ from pathlib import Path
 from guestagent.protocol import SessionCarry
 from hostd.agentlink import AgentLink
 from hostd.cgroups import Hierarchy, Limits
+from hostd.drivers.contract import Loss
 from hostd.drivers.qemu.command import GuestShape, launcher_argv, qemu_argv
 from hostd.drivers.qemu.control import Control
 from hostd.errors import AgentLost, ControlLost, HostdError, StartFailed
@@ -27,6 +28,7 @@ from hostd.removal import remove_folder
 
 QMP_DEADLINE_S = 20.0
 KILL_DEADLINE_S = 5.0
+EXIT_LAG_S = 2.0
 LOG_TAIL_BYTES = 400
 NO_PUNCH = Path(__file__).parent / "_build" / "sandloom-nopunch"
 """Starts a QEMU whose elastic memory is a checkpoint's (hostd/drivers/qemu/src)."""
@@ -186,3 +188,13 @@ def said(folder: Path) -> str:
     except OSError:
         words = ""
     return words or "nothing"
+
+
+async def first_loss(gone: asyncio.Future[str], lost: asyncio.Future[str]) -> Loss:
+    """Why a guest is lost, as soon as that is certain: its port closes a moment before its QEMU is seen to end."""
+    await asyncio.wait({gone, lost}, return_when=asyncio.FIRST_COMPLETED)
+    if not gone.done():
+        await asyncio.wait({gone}, timeout=EXIT_LAG_S)
+    if gone.done():
+        return Loss("VmmExited", f"QEMU is gone: {gone.result()}")
+    return Loss("AgentLost", f"the agent is lost: {lost.result()}")

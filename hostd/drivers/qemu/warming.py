@@ -25,7 +25,7 @@ from hostd.drivers.qemu.engine import QemuEngine
 from hostd.drivers.qemu.plan import LAYER_DEADLINE_MS, clone_memory, limits_for
 from hostd.drivers.qemu.template import Choice, Origin, ceiling_bucket_mib, choose
 from hostd.drivers.qemu.templates import Templates
-from hostd.drivers.qemu.vmm import Vmm, Vmms
+from hostd.drivers.qemu.vmm import Vmm, Vmms, first_loss
 from hostd.errors import CommandFailed, InvalidSpec, StartFailed, TemplateUnusable
 from hostd.journal import Handle
 from hostd.regions import regions_of
@@ -54,11 +54,7 @@ class QemuWarmGuest:
 
     async def wait_gone(self) -> Loss:
         """See WarmGuest.wait_gone."""
-        gone, lost = self.vmm.process.gone, self.link.lost
-        await asyncio.wait({gone, lost}, return_when=asyncio.FIRST_COMPLETED)
-        if gone.done():
-            return Loss("VmmExited", f"QEMU is gone: {gone.result()}")
-        return Loss("AgentLost", f"the agent is lost: {lost.result()}")
+        return await first_loss(self.vmm.process.gone, self.link.lost)
 
     async def regions(self) -> list[Region]:
         """See WarmGuest.regions."""
