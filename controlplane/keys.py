@@ -7,6 +7,7 @@ requests/<tenant>/<request_id>       Request     what a request_id was first use
 images/<tenant>/<name>               Image
 image-use/<tenant>/<digest>          uid of the newest user; guards an image against removal while one is made
 residency/<tenant>/<digest>/<host>   Residency
+pools/<tenant>/<name>                Pool
 hosts/<host>                         Host
 alive/<host>                         present as long as the host's lease is
 placements/<host>                    uid last placed there; guards the host against two placements of one view
@@ -19,6 +20,7 @@ ALL = ""
 SANDBOXES, UIDS, NAMES, REQUESTS = "sandboxes/", "uids/", "names/", "requests/"
 IMAGES, IMAGE_USE, RESIDENCY = "images/", "image-use/", "residency/"
 HOSTS, ALIVE, PLACEMENTS, EVENTS = "hosts/", "alive/", "placements/", "events/"
+POOLS = "pools/"
 
 
 def sandboxes_of(tenant: str) -> str:
@@ -76,6 +78,16 @@ def image_use(tenant: str, digest: str) -> str:
 def residency(tenant: str, digest: str, host: str) -> str:
     """The key that says a host holds an image."""
     return f"{RESIDENCY}{tenant}/{digest}/{host}"
+
+
+def pools_of(tenant: str) -> str:
+    """The prefix of a tenant's warm pools."""
+    return f"{POOLS}{tenant}/"
+
+
+def pool(tenant: str, of: str) -> str:
+    """The key of one warm pool."""
+    return f"{POOLS}{tenant}/{of}"
 
 
 def host(of: str) -> str:

@@ -213,6 +213,46 @@ class Capacity:
 
 
 @dataclass(frozen=True)
+class PoolSpec:
+    """What a warm pool keeps ready: `size` guests of these resources. `image_digest` is what `image` meant then."""
+
+    image: str
+    resources: Resources
+    size: int
+    image_digest: str = ""
+    sandbox_class: SandboxClass = SandboxClass.GUEST_KERNEL
+
+
+@dataclass(frozen=True)
+class Pool:
+    """The record of one warm pool. How far the hosts are with it is in their reports."""
+
+    name: str
+    uid: str
+    tenant: str
+    spec: PoolSpec
+    created_at_s: float
+    revision: int = field(default=0, metadata=REVISION)
+
+
+@dataclass(frozen=True)
+class HostPool:
+    """A host's share of a pool, as it reported it. Members serve ceilings above `fits_above_mib` to `fits_to_mib`."""
+
+    uid: str
+    name: str
+    tenant: str
+    image_digest: str
+    ready: int = 0
+    making: int = 0
+    message: str = ""
+    vcpus: int = 1
+    memory_min_mib: int = 0
+    fits_above_mib: int = 0
+    fits_to_mib: int = 0
+
+
+@dataclass(frozen=True)
 class Host:
     """A host's last report. Whether it is READY is its lease's matter, not this record's."""
 
@@ -229,6 +269,7 @@ class Host:
     cgroup_version: str = ""
     image_digests: tuple[str, ...] = ()
     sandboxes: int = 0
+    pools: tuple[HostPool, ...] = ()
     revision: int = field(default=0, metadata=REVISION)
 
 

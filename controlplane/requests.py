@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from controlplane.model import SandboxSpec, SandboxStatus
+from controlplane.model import PoolSpec, SandboxSpec, SandboxStatus
 
 
 @dataclass(frozen=True)
@@ -13,6 +13,16 @@ class Creation:
 
     name: str
     spec: SandboxSpec
+    request_id: str = ""
+    validate_only: bool = False
+
+
+@dataclass(frozen=True)
+class PoolCreation:
+    """CreatePool; an empty request_id is never looked up."""
+
+    name: str
+    spec: PoolSpec
     request_id: str = ""
     validate_only: bool = False
 

@@ -110,7 +110,8 @@ class Sandboxes:
         quota = self._quotas.get(sandbox.tenant)
         if quota is not None:
             mine = (s for s in self._view.sandboxes.values() if s.tenant == sandbox.tenant)
-            require_within(quota, mine, sandbox)
+            pools = [pool for pool in self._view.pools.values() if pool.tenant == sandbox.tenant]
+            require_within(quota, mine, sandbox, pools)
 
     async def _free_name(self, tenant: str, name: str) -> int:
         """The name guard's revision. AlreadyExists while a live sandbox has the name."""
@@ -137,7 +138,9 @@ class Sandboxes:
         if decision.placement is not None:
             host = decision.placement.host
             guard = Expect(keys.placement(host), view.placements.get(host, 0))
-            return transitions.scheduled(sandbox, host, max(view.revision, sandbox.epoch + 1)), [guard]
+            pool = decision.placement.pool
+            why = f"it has a ready member of pool {pool}" if pool else ""
+            return transitions.scheduled(sandbox, host, max(view.revision, sandbox.epoch + 1), why=why), [guard]
         if decision.may_wait:
             why = scheduler.summary(decision.refusals) or "no host has registered yet"
             return replace(sandbox, status=SandboxStatus(reason="NoHost", message=f"waiting for a host: {why}")), []
@@ -277,7 +280,8 @@ def _digest_of(asked: Creation) -> str:
 
 def _told_placed(sandbox: Sandbox) -> tuple[str, str]:
     if sandbox.status.phase is Phase.SCHEDULED:
-        return "Scheduled", f"host {sandbox.host}, epoch {sandbox.epoch}"
+        why = sandbox.status.message.partition("; ")[2]
+        return "Scheduled", f"host {sandbox.host}, epoch {sandbox.epoch}{f': {why}' if why else ''}"
     return "Pending", sandbox.status.message
 
 

@@ -2,7 +2,8 @@
 
 A host is filtered by what its hostd will admit (guarantees plus overhead, never more than is promised or available)
 and scored by *marginal memory*: what this sandbox adds there. Layers that a live sandbox of the same sharing domain
-already maps there add nothing, so sandboxes of one image gather until a host with more room costs less.
+already maps there add nothing, so sandboxes of one image gather until a host with more room costs less. A ready member
+of a warm pool that fits adds nothing at all, for its guarantee is promised already, and starts the sandbox at once.
 """
 
 from __future__ import annotations
@@ -11,11 +12,13 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from controlplane import lifecycle
-from controlplane.model import Capacity, Host, LayerSize, Phase, Residency, Sandbox, SandboxClass
+from controlplane.model import Capacity, Host, HostPool, LayerSize, Phase, Residency, Sandbox, SandboxClass
 
 CPU_OVERCOMMIT = 16.0
 """CPU is shared by time, so far more may be asked for than there is; this bounds how slow it can get."""
 CPU_WEIGHT = 0.1
+WARM_PREFERENCE = 0.5
+"""How much of a host's room a start in milliseconds is worth."""
 MIB = 1 << 20
 
 
@@ -29,6 +32,9 @@ class Demand:
     cpu_milli: int
     image_digest: str
     layers: tuple[LayerSize, ...]
+    memory_max_mib: int = 0
+    vcpus: int = 1
+    cold: bool = False  # no template and no pool is wanted
 
     @staticmethod
     def of(sandbox: Sandbox) -> Demand:
@@ -36,14 +42,16 @@ class Demand:
         spec = sandbox.spec
         sizes = spec.resources
         return Demand(
-            sandbox.tenant, spec.sandbox_class, sizes.memory_min_mib, sizes.cpu_milli, spec.image_digest, sandbox.layers
-        )
+            sandbox.tenant, spec.sandbox_class, sizes.memory_min_mib, sizes.cpu_milli, spec.image_digest,
+            sandbox.layers, sizes.memory_max_mib, sizes.vcpus, spec.cold,
+        )  # fmt: skip
 
 
 @dataclass(frozen=True)
 class HostState:
-    """A host as the scheduler sees it. `promised_mib`: guarantees and overhead of all live sandboxes there;
-    `unsettled_mib`: the part of it that the host's last report of available memory cannot know yet."""
+    """A host as the scheduler sees it. `promised_mib`: guarantees and overhead of all live sandboxes and pool members
+    there; `unsettled_mib`: what the host's last report of available memory cannot know yet; `settling`: how many
+    sandboxes that are, any of which may have claimed a member that the report still calls ready."""
 
     name: str
     ready: bool
@@ -54,6 +62,8 @@ class HostState:
     promised_mib: int = 0
     unsettled_mib: int = 0
     cpu_asked_milli: int = 0
+    pools: tuple[HostPool, ...] = ()
+    settling: int = 0
 
     @property
     def unpromised_mib(self) -> int:
@@ -83,10 +93,11 @@ class Refusal:
 
 @dataclass(frozen=True)
 class Placement:
-    """The chosen host, and how much memory the sandbox adds there."""
+    """The chosen host, how much memory the sandbox adds there, and the pool (its name) that has a member for it."""
 
     host: str
     marginal_mib: int
+    pool: str = ""
 
 
 @dataclass(frozen=True)
@@ -126,6 +137,9 @@ def host_state(host: Host, ready: bool, there: Iterable[Sandbox], held: Iterable
     def charge(sandboxes: Iterable[Sandbox]) -> int:
         return sum(s.spec.resources.memory_min_mib + host.capacity.vm_overhead_mib for s in sandboxes)
 
+    unsettled = [sandbox for sandbox in live if _unsettled(sandbox, host.last_seen_s)]
+    overhead_mib = host.capacity.vm_overhead_mib
+    pooled_mib = sum((pool.ready + pool.making) * (pool.memory_min_mib + overhead_mib) for pool in host.pools)
     return HostState(
         name=host.name,
         ready=ready,
@@ -133,9 +147,11 @@ def host_state(host: Host, ready: bool, there: Iterable[Sandbox], held: Iterable
         classes=frozenset(host.classes),
         images=frozenset((residency.tenant, residency.digest) for residency in held),
         mapped_layers=frozenset((s.tenant, layer.digest) for s in live for layer in s.layers),
-        promised_mib=charge(live),
-        unsettled_mib=charge(s for s in live if _unsettled(s, host.last_seen_s)),
+        promised_mib=charge(live) + pooled_mib,
+        unsettled_mib=charge(unsettled),
         cpu_asked_milli=sum(s.spec.resources.cpu_milli for s in live),
+        pools=host.pools,
+        settling=len(unsettled),
     )
 
 
@@ -170,7 +186,7 @@ def _unfit(demand: Demand, host: HostState) -> tuple[str, str] | None:
             f" {sizes.cpu_milli / 1000:g} times {CPU_OVERCOMMIT:g}"
         )
     need_mib = guarantee_mib(demand, host)
-    if need_mib > host.unpromised_mib:
+    if need_mib - _held_mib(demand, host) > host.unpromised_mib:
         return "ShortOfMemory", (
             f"{need_mib} MiB needed ({demand.memory_min_mib} MiB guaranteed + {sizes.vm_overhead_mib} MiB overhead),"
             f" {max(0, host.unpromised_mib)} MiB not promised (total {sizes.memory_mib},"
@@ -182,6 +198,26 @@ def _unfit(demand: Demand, host: HostState) -> tuple[str, str] | None:
             f" reserve {sizes.system_reserve_mib}, about to be used {host.unsettled_mib})"
         )
     return None
+
+
+def claimable(demand: Demand, host: HostState) -> HostPool | None:
+    """The pool of `host` that surely has a ready member that can become the sandbox; the first by name."""
+    if demand.cold or demand.sandbox_class is not SandboxClass.GUEST_KERNEL:
+        return None
+    fitting = (
+        pool
+        for pool in host.pools
+        if (pool.tenant, pool.image_digest, pool.vcpus) == (demand.tenant, demand.image_digest, demand.vcpus)
+        and pool.fits_above_mib < demand.memory_max_mib <= pool.fits_to_mib
+        and pool.ready > host.settling
+    )
+    return min(fitting, key=lambda pool: (pool.name, pool.uid), default=None)
+
+
+def _held_mib(demand: Demand, host: HostState) -> int:
+    """What is promised already to the member that the sandbox would claim."""
+    pool = claimable(demand, host)
+    return 0 if pool is None else pool.memory_min_mib + host.capacity.vm_overhead_mib
 
 
 def guarantee_mib(demand: Demand, host: HostState) -> int:
@@ -196,13 +232,14 @@ def marginal_mib(demand: Demand, host: HostState) -> int:
         for layer in {layer.digest: layer for layer in demand.layers}.values()
         if (demand.tenant, layer.digest) not in host.mapped_layers
     )
-    return guarantee_mib(demand, host) + -(-missing // MIB)
+    return max(0, guarantee_mib(demand, host) - _held_mib(demand, host)) + -(-missing // MIB)
 
 
 def cost(demand: Demand, host: HostState) -> float:
-    """Lower is better: the part of the host's room that it takes, and a little for busy CPUs."""
+    """Lower is better: the part of the host's room that it takes, a little for busy CPUs, less for a warm start."""
+    warm = 0.0 if claimable(demand, host) is None else WARM_PREFERENCE
     busy = (host.cpu_asked_milli + demand.cpu_milli) / max(1, host.capacity.cpu_milli)
-    return marginal_mib(demand, host) / max(1, host.room_mib) + CPU_WEIGHT * busy
+    return marginal_mib(demand, host) / max(1, host.room_mib) + CPU_WEIGHT * busy - warm
 
 
 def place(demand: Demand, hosts: Iterable[HostState]) -> Decision:
@@ -218,7 +255,8 @@ def place(demand: Demand, hosts: Iterable[HostState]) -> Decision:
     if not fit:
         return Decision(None, tuple(sorted(refusals, key=lambda problem: problem.host)))
     best = min(fit, key=lambda host: (cost(demand, host), host.name))
-    return Decision(Placement(best.name, marginal_mib(demand, best)), tuple(refusals))
+    pool = claimable(demand, best)
+    return Decision(Placement(best.name, marginal_mib(demand, best), pool.name if pool else ""), tuple(refusals))
 
 
 def summary(refusals: Iterable[Refusal], most: int = 4) -> str:

@@ -30,6 +30,8 @@ from controlplane.api.v1 import (
     hosts_pb2_grpc,
     images_pb2,
     images_pb2_grpc,
+    pools_pb2,
+    pools_pb2_grpc,
     sandboxes_pb2,
     sandboxes_pb2_grpc,
 )
@@ -39,6 +41,7 @@ from controlplane.events import EventLog
 from controlplane.gate import Gate
 from controlplane.images import Images
 from controlplane.leadership import Leadership, OnlyOne
+from controlplane.pools import Pools
 from controlplane.reconciler import Reconciler
 from controlplane.records import Records
 from controlplane.registry import Registry
@@ -47,6 +50,7 @@ from controlplane.reports import Reports
 from controlplane.sandboxes import Sandboxes
 from controlplane.service_hosts import HostsService, HostSyncService
 from controlplane.service_images import ImagesService
+from controlplane.service_pools import PoolsService
 from controlplane.service_sandboxes import SandboxesService
 from controlplane.service_streams import Streams
 from controlplane.store.contract import Store
@@ -62,6 +66,7 @@ SERVICES = (
     images_pb2.DESCRIPTOR.services_by_name["Images"].full_name,
     hosts_pb2.DESCRIPTOR.services_by_name["Hosts"].full_name,
     hosts_pb2.DESCRIPTOR.services_by_name["HostSync"].full_name,
+    pools_pb2.DESCRIPTOR.services_by_name["Pools"].full_name,
 )
 
 
@@ -77,6 +82,7 @@ class ControlPlane:
         self.records = Records(store, self.view)
         self.reports = Reports(store, self.records)
         self.sandboxes = Sandboxes(store, self.view, self.records, self.images, quotas=dict(config.quotas))
+        self.pools = Pools(store, self.view, self.images, quotas=dict(config.quotas))
         self.registry = Registry(store, self.view, self.images, config.lease_s)
         self.reconciler = Reconciler(
             store, self.view, self.records, self.sandboxes, self.images, links, self.event_log,
@@ -99,6 +105,7 @@ class ControlPlane:
             HostSyncService(self.gate, self.view, self.registry, self.reports, self.event_log),
             server,
         )
+        pools_pb2_grpc.add_PoolsServicer_to_server(PoolsService(self.gate, self.store, self.pools), server)
         health_pb2_grpc.add_HealthServicer_to_server(self.health, server)
         reflection.enable_server_reflection((*SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
 

@@ -7,10 +7,11 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import aclosing
 
 from controlplane import keys, watching
-from controlplane.api.v1 import hosts_pb2, hosts_pb2_grpc, sandboxes_pb2
+from controlplane.api.v1 import hosts_pb2, hosts_pb2_grpc, pools_pb2, sandboxes_pb2
 from controlplane.edge import hosts as edge
 from controlplane.edge import news
 from controlplane.edge import sandboxes as sandbox_edge
+from controlplane.edge.pools import render_assignments
 from controlplane.errors import Denied
 from controlplane.events import EventLog
 from controlplane.gate import HOSTS, OPERATORS, Caller, Context, Gate
@@ -74,6 +75,16 @@ class HostSyncService(hosts_pb2_grpc.HostSyncServicer):
                 async for told in changes:
                     yield news.render_told_host(told)
 
+    async def WatchPools(
+        self, request: hosts_pb2.WatchPoolsRequest, context: Context
+    ) -> AsyncIterator[pools_pb2.PoolAssignments]:
+        """See hosts.proto."""
+        async with self._gate.admit(context, HOSTS, stream=True) as caller:
+            _require_itself(caller, request.host)
+            async with aclosing(watching.watch_pools(self._view, request.host)) as changes:
+                async for shares in changes:
+                    yield render_assignments(shares)
+
     async def ReportSandbox(
         self, request: hosts_pb2.ReportSandboxRequest, context: Context
     ) -> hosts_pb2.ReportSandboxResponse:
@@ -95,7 +106,10 @@ class HostSyncService(hosts_pb2_grpc.HostSyncServicer):
             return hosts_pb2.RecordEventResponse()
 
     def _tenant_of(self, host: str, event: sandboxes_pb2.Event) -> str:
-        """Whose sandbox a host's event tells of; nobody's (operators see it) when that is not certain."""
+        """Whose sandbox or pool a host's event tells of; nobody's (operators see it) when that is not certain."""
+        if event.kind == "pool":
+            tenants = {pool.tenant for pool in self._view.pools.values() if pool.name == event.subject}
+            return tenants.pop() if len(tenants) == 1 else ""
         if event.kind != "sandbox":
             return ""
         tenants = {s.tenant for s in self._view.on_host(host) if s.name == event.subject}

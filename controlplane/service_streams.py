@@ -146,7 +146,7 @@ def _merged(ledgers: list[sandboxes_pb2.SharingLedger], caller: Caller, view: Vi
     merged = sandboxes_pb2.SharingLedger()
     for ledger in ledgers:
         for row in ledger.sandboxes:
-            known = view.sandboxes.get(row.uid)
+            known = view.sandboxes.get(row.uid) or view.pool_of_member(row.uid)
             if caller.is_operator or (known is not None and known.tenant == caller.tenant):
                 merged.sandboxes.append(row)
         if caller.is_operator:

@@ -14,9 +14,9 @@ STOPPED_EXIT_CODE = 137
 """What hostd, too, gives to a sandbox that was stopped before its command ran."""
 
 
-def scheduled(sandbox: Sandbox, host: str, epoch: int) -> Sandbox:
-    """Assigned to `host` from `epoch` on, which is higher than any before."""
-    status = SandboxStatus(Phase.SCHEDULED, message=f"waiting for host {host} to begin")
+def scheduled(sandbox: Sandbox, host: str, epoch: int, *, why: str = "") -> Sandbox:
+    """Assigned to `host` from `epoch` on, which is higher than any before; `why` says what spoke for that host."""
+    status = SandboxStatus(Phase.SCHEDULED, message=f"waiting for host {host} to begin{f'; {why}' if why else ''}")
     return replace(sandbox, host=host, epoch=epoch, status=status)
 
 

@@ -15,7 +15,7 @@ from typing import TypeVar
 
 from controlplane import codec, keys, lifecycle, scheduler
 from controlplane.errors import BadState, Compacted, StoreError
-from controlplane.model import Host, Image, Residency, Sandbox
+from controlplane.model import Host, Image, Pool, Residency, Sandbox
 from controlplane.scheduler import HostState
 from controlplane.store.contract import Batch, Record, Store
 
@@ -23,6 +23,7 @@ log = logging.getLogger("sandloom.controlplane.view")
 
 T = TypeVar("T")
 PAGE_RECORDS = 1000
+MIRRORED = (keys.ALIVE, keys.HOSTS, keys.IMAGES, keys.PLACEMENTS, keys.POOLS, keys.RESIDENCY, keys.SANDBOXES)
 RETRY_S = 0.5
 
 
@@ -65,6 +66,7 @@ class View:
         self.images: dict[str, Image] = {}  # by key
         self.residency: dict[str, Residency] = {}  # by key
         self.placements: dict[str, int] = {}  # mod_revision of the guard, by host
+        self.pools: dict[str, Pool] = {}  # by key
         self._followers: set[Changed] = set()
         self._moved = asyncio.Event()
 
@@ -124,6 +126,10 @@ class View:
             states.append(known[2])
         return states
 
+    def pool_of_member(self, uid: str) -> Pool | None:
+        """The pool that a row of the ledger is a member of: hosts name members pool-<uid of the pool>-<number>."""
+        return next((pool for pool in self.pools.values() if uid.startswith(f"pool-{pool.uid}-")), None)
+
     def holders(self, tenant: str, digest: str) -> list[str]:
         """The hosts that hold a tenant's image."""
         prefix = keys.residency(tenant, digest, "")
@@ -133,7 +139,7 @@ class View:
         """Replaces everything by one revision of the store."""
         records: list[Record] = []
         after, revision = "", 0
-        for prefix in (keys.ALIVE, keys.HOSTS, keys.IMAGES, keys.PLACEMENTS, keys.RESIDENCY, keys.SANDBOXES):
+        for prefix in MIRRORED:
             after = ""
             while True:
                 page = await self._store.page(prefix, after=after, limit=PAGE_RECORDS, revision=revision)
@@ -142,7 +148,7 @@ class View:
                 if not page.more:
                     break
                 after = page.records[-1].key
-        for table in (self.hosts, self.images, self.residency, self.placements):
+        for table in (self.hosts, self.images, self.residency, self.placements, self.pools):
             table.clear()
         self.alive.clear()
         before, self.sandboxes = self.sandboxes, {}
@@ -180,6 +186,8 @@ class View:
                 self.hosts[key.removeprefix(keys.HOSTS)] = codec.decode(Host, value, key, revision=revision)
             elif key.startswith(keys.IMAGES):
                 self.images[key] = codec.decode(Image, value, key, revision=revision)
+            elif key.startswith(keys.POOLS):
+                self.pools[key] = codec.decode(Pool, value, key, revision=revision)
             elif key.startswith(keys.RESIDENCY):
                 held = codec.decode(Residency, value, key)
                 self.residency[key] = held
@@ -205,6 +213,7 @@ class View:
             self.placements.pop(key.removeprefix(keys.PLACEMENTS), None)
         else:
             self.images.pop(key, None)
+            self.pools.pop(key, None)
             held = self.residency.pop(key, None)
             if held is not None:
                 self._surveyed.pop(held.host, None)

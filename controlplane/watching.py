@@ -5,17 +5,21 @@ The bookmark's revision is one that the client may watch from again: everything 
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncGenerator
 from dataclasses import dataclass
 
-from controlplane import codec, keys
+from controlplane import codec, keys, poolspread
 from controlplane.model import Sandbox
+from controlplane.poolspread import PoolShare
 from controlplane.store.contract import Store
 from controlplane.view import View
 
 BOOKMARK_S = 10.0
 """Far below hostd's patience with a silent watch (60 s)."""
 READ_RECORDS = 500
+GATHER_S = 0.02
+"""Changes come in bursts: pools are looked at once for all of a burst."""
 
 
 @dataclass(frozen=True)
@@ -97,6 +101,25 @@ async def watch_assignments(view: View, host: str, *, bookmark_s: float = BOOKMA
                     yield Gone(tenant, name, uid, view.revision)
             if not uids:
                 yield Bookmark(view.revision)
+
+
+async def watch_pools(
+    view: View, host: str, *, bookmark_s: float = BOOKMARK_S
+) -> AsyncGenerator[tuple[PoolShare, ...], None]:
+    """A host's share of every pool: now, after each change of it, and every `bookmark_s` as a sign of life."""
+    told: tuple[PoolShare, ...] | None = None
+    while True:
+        moved = view.moved
+        now = poolspread.shares_of(host, view.pools.values(), view.survey(), view.images.values()) if view.pools else ()
+        if now != told:
+            told = now
+            yield now
+        await asyncio.sleep(GATHER_S)
+        try:
+            async with asyncio.timeout(bookmark_s):
+                await moved.wait()
+        except TimeoutError:
+            yield now
 
 
 def _asked(sandbox: Sandbox) -> tuple[object, ...]:

@@ -13,15 +13,17 @@ from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import grpc
 import grpc.aio
 
 from controlplane.api.status import Condition, parse_error
-from controlplane.api.v1 import hosts_pb2, hosts_pb2_grpc, sandboxes_pb2
-from hostd import edge
+from controlplane.api.v1 import hosts_pb2, hosts_pb2_grpc, pools_pb2, sandboxes_pb2
+from hostd import edge, poolreports
 from hostd.errors import InvalidSpec
 from hostd.sandboxes import Happened, Report, Sandboxes
+from hostd.warmpool import PoolSpec
 
 log = logging.getLogger("sandloom.hostd.register")
 
@@ -104,6 +106,7 @@ class Registration:
         async with asyncio.TaskGroup() as group:
             group.create_task(self._keep("heartbeat", self._heartbeat), name="heartbeat")
             group.create_task(self._keep("watch", self._watch), name="watch")
+            group.create_task(self._keep("pools", self._watch_pools), name="pools")
             group.create_task(self._keep("report", self._tell), name="tell")
 
     async def _keep(self, name: str, work: Callable[[], Awaitable[None]]) -> None:
@@ -153,6 +156,26 @@ class Registration:
                     if listing is not None:
                         listing.add(event.sandbox.uid)
                     self._assign(event.sandbox)
+
+    async def _watch_pools(self) -> None:
+        await asyncio.wait_for(self.registered.wait(), WATCH_SILENCE_S)
+        call = self._sync.WatchPools(hosts_pb2.WatchPoolsRequest(host=self._host))
+        async with _cancelled_at_end(call) as lists:
+            while True:
+                whole = await asyncio.wait_for(anext(lists, None), WATCH_SILENCE_S)
+                if whole is None:
+                    return
+                self._sandboxes.pools.assign(self._pools_in(whole))
+
+    def _pools_in(self, whole: pools_pb2.PoolAssignments) -> list[PoolSpec]:
+        """Those that this host can read; of the others it keeps nothing."""
+        specs: list[PoolSpec] = []
+        for pool in whole.pools:
+            try:
+                specs.append(poolreports.parse_assignment(pool))
+            except InvalidSpec as error:
+                log.warning("pool %s refused: %s", pool.name, error)
+        return specs
 
     def _assign(self, sandbox: sandboxes_pb2.Sandbox) -> None:
         try:
@@ -221,9 +244,8 @@ def _request(uid: str, host: str, report: Report | Refused) -> hosts_pb2.ReportS
 
 
 @asynccontextmanager
-async def _cancelled_at_end(
-    call: grpc.aio.UnaryStreamCall[hosts_pb2.WatchAssignmentsRequest, sandboxes_pb2.SandboxEvent],
-) -> AsyncIterator[AsyncIterator[sandboxes_pb2.SandboxEvent]]:
+async def _cancelled_at_end(call: Any) -> AsyncIterator[AsyncIterator[Any]]:
+    """The answers of a server's stream, which is cancelled when the block is left."""
     try:
         yield call.__aiter__()
     finally:

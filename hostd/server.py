@@ -38,6 +38,7 @@ from hostd.config import Config, load
 from hostd.drivers.choice import Chosen, choose
 from hostd.edge import render_classes
 from hostd.errors import HostdError
+from hostd.poolreports import render_report
 from hostd.register import Outbox, Registration
 from hostd.sandboxes import Happened, Sandboxes
 from hostd.service import Runtime
@@ -87,6 +88,7 @@ class Server:
             image_digests=digests,
             sandboxes=len(live),
             classes=render_classes(self.chosen.classes),
+            pools=[render_report(status) for status in self.sandboxes.pools.status()],
         )
 
     async def run(self, stop: asyncio.Event) -> None:
@@ -95,6 +97,7 @@ class Server:
         async with AsyncExitStack() as stack:
             channel = await stack.enter_async_context(connect(self.config.controlplane, tls))
             registration = Registration(channel, self.config.host, self.sandboxes, self.outbox, self.describe)
+            self.sandboxes.pools.on_change = registration.poke
             server = self._grpc_server(registration, tls)
             await server.start()
             stack.push_async_callback(server.stop, SHUTDOWN_GRACE_S)

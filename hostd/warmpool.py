@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from enum import Enum
 
 from hostd.admission import GUEST_OVERHEAD_MIB
-from hostd.drivers.qemu.template import ceiling_bucket_mib
+from hostd.drivers.qemu.template import SMALLEST_BUCKET_MIB, ceiling_bucket_mib
 from hostd.errors import HostdError, InvalidSpec
 from hostd.spec import ProcessSpec, Resources, SandboxClass, SandboxSpec
 
@@ -42,8 +42,13 @@ class PoolSpec:
 
     @property
     def ceiling_mib(self) -> int:
-        """The largest ceiling that a member can serve; the smallest is one more than half of it (the bucket)."""
+        """The largest ceiling that a member can serve: the top of its bucket."""
         return ceiling_bucket_mib(self.resources.memory_max_mib)
+
+    @property
+    def floor_mib(self) -> int:
+        """A member serves ceilings above this."""
+        return 0 if self.ceiling_mib == SMALLEST_BUCKET_MIB else self.ceiling_mib // 2
 
     def same_members(self, other: PoolSpec) -> bool:
         """Whether members made for one do for the other: only how many are wanted may differ."""

@@ -61,8 +61,8 @@ class Shell:
         return asyncio.run(connected())
 
 
-OPERANDS = ("", "live", "sandbox", "image", "file")
-"""What a command's words name, for completion: nothing, running sandboxes, all sandboxes, images, files."""
+OPERANDS = ("", "live", "sandbox", "image", "pool", "file")
+"""What a command's words name, for completion: nothing, running sandboxes, all sandboxes, images, pools, files."""
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from controlplane.cli.parser import GLOBALS_WITH_VALUE, Table, build
 
 SHELLS = ("bash", "zsh")
 FILE_METAVARS = ("FILE", "DIR", "PATH")
-ASK = {"live": "ps", "sandbox": "ps -a", "image": "image ls"}
+ASK = {"live": "ps", "sandbox": "ps -a", "image": "image ls", "pool": "pool ls"}
 
 SCRIPT = r"""# completion of sandloom for bash; load it with: source <(sandloom completion bash)
 _sandloom_files() {

@@ -15,7 +15,7 @@ import grpc.aio
 from controlplane.api.calls import keep_status
 from controlplane.api.channel import TlsFiles, connect
 from controlplane.api.status import DETAILS_TRAILER, Condition, Failure, parse_error
-from controlplane.api.v1 import hosts_pb2_grpc, images_pb2_grpc, sandboxes_pb2_grpc
+from controlplane.api.v1 import hosts_pb2_grpc, images_pb2_grpc, pools_pb2_grpc, sandboxes_pb2_grpc
 from controlplane.cli.errors import CallFailed, CliError, Unreachable
 from controlplane.cli.home import Context, Home, load_context
 
@@ -55,6 +55,7 @@ class Fabric:
     sandboxes: sandboxes_pb2_grpc.SandboxesAsyncStub
     images: images_pb2_grpc.ImagesAsyncStub
     hosts: hosts_pb2_grpc.HostsAsyncStub
+    pools: pools_pb2_grpc.PoolsAsyncStub
 
 
 def resolve(target: Target) -> Context:
@@ -87,6 +88,7 @@ async def open_fabric(target: Target) -> AsyncIterator[Fabric]:
             sandboxes_pb2_grpc.SandboxesStub(channel),
             images_pb2_grpc.ImagesStub(channel),
             hosts_pb2_grpc.HostsStub(channel),
+            pools_pb2_grpc.PoolsStub(channel),
         )
 
 

@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from controlplane.api.identity import NAME_PATTERN
 from controlplane.api.v1 import hosts_pb2, images_pb2
 from controlplane.edge.enums import CLASSES, parse_class, seconds, timestamp
+from controlplane.edge.poolreports import parse_pool_reports, render_pool_report
 from controlplane.errors import Invalid
 from controlplane.model import Capacity, Host, Image, ImageConfig, Layer
 
@@ -43,6 +44,7 @@ def parse_host(message: hosts_pb2.Host, now_s: float) -> Host:
         cgroup_version=message.cgroup_version,
         image_digests=tuple(message.image_digests),
         sandboxes=message.sandboxes,
+        pools=parse_pool_reports(message.pools),
     )  # fmt: skip
 
 
@@ -73,6 +75,7 @@ def render_host(host: Host, *, ready: bool) -> hosts_pb2.Host:
         last_seen=timestamp(host.last_seen_s),
         classes=[CLASSES[kind] for kind in host.classes],
         resource_version=host.revision,
+        pools=[render_pool_report(pool) for pool in host.pools],
     )
 
 

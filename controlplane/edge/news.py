@@ -14,8 +14,8 @@ from controlplane.watching import Gone, Put, Told
 
 def parse_event(message: sandboxes_pb2.Event, *, host: str, tenant: str) -> Event:
     """A host's event; `host` and `tenant` are what the control plane knows of it, whatever the message says."""
-    if message.kind not in ("sandbox", "image", "host"):
-        raise Invalid("event.kind", f"{message.kind!r} is none of sandbox, image, host")
+    if message.kind not in ("sandbox", "image", "host", "pool"):
+        raise Invalid("event.kind", f"{message.kind!r} is none of sandbox, image, host, pool")
     if not message.subject or len(message.subject) > 256:
         raise Invalid("event.subject", "it must have 1 to 256 characters")
     text = message.message[:MAX_STATUS_CHARS]

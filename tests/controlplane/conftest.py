@@ -13,7 +13,14 @@ import pytest
 from controlplane.api.calls import keep_status
 from controlplane.api.channel import TlsFiles, connect
 from controlplane.api.identity import Identity, Role
-from controlplane.api.v1 import hosts_pb2_grpc, images_pb2, images_pb2_grpc, sandboxes_pb2, sandboxes_pb2_grpc
+from controlplane.api.v1 import (
+    hosts_pb2_grpc,
+    images_pb2,
+    images_pb2_grpc,
+    pools_pb2_grpc,
+    sandboxes_pb2,
+    sandboxes_pb2_grpc,
+)
 from controlplane.ca import Authority
 from controlplane.config import Config
 from controlplane.server import ControlPlane, running
@@ -49,6 +56,7 @@ class Client:
     sandboxes: sandboxes_pb2_grpc.SandboxesAsyncStub
     images: images_pb2_grpc.ImagesAsyncStub
     hosts: hosts_pb2_grpc.HostsAsyncStub
+    pools: pools_pb2_grpc.PoolsAsyncStub
 
     async def import_image(self, name: str = "base", *, size_bytes: int = 1000) -> images_pb2.Image:
         """Uploads something, to whichever host is chosen."""
@@ -94,6 +102,7 @@ class Plane:
             sandboxes_pb2_grpc.SandboxesStub(channel),
             images_pb2_grpc.ImagesStub(channel),
             hosts_pb2_grpc.HostsStub(channel),
+            pools_pb2_grpc.PoolsStub(channel),
         )
 
     def keep_clients(self) -> None:

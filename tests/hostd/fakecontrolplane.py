@@ -13,7 +13,7 @@ import grpc.aio
 from controlplane.api.channel import TlsFiles, connect, server_credentials, server_options
 from controlplane.api.identity import Identity, Role, host_server_name
 from controlplane.api.status import Failure, abort
-from controlplane.api.v1 import hosts_pb2, hosts_pb2_grpc, sandboxes_pb2
+from controlplane.api.v1 import hosts_pb2, hosts_pb2_grpc, pools_pb2, sandboxes_pb2
 from controlplane.ca import Authority
 
 if TYPE_CHECKING:
@@ -67,11 +67,13 @@ class FakeControlPlane(hosts_pb2_grpc.HostSyncServicer):
     hosts: list[hosts_pb2.Host] = field(default_factory=list)
     reports: list[hosts_pb2.ReportSandboxRequest] = field(default_factory=list)
     events: list[sandboxes_pb2.Event] = field(default_factory=list)
+    pools: list[pools_pb2.PoolAssignment] = field(default_factory=list)
     refuse: Callable[[hosts_pb2.ReportSandboxRequest], Failure | None] = lambda _: None
     refuse_events: Failure | None = None
     watches: int = 0
     lease_s: int = 3
     address: str = ""
+    _pool_watchers: set[asyncio.Event] = field(default_factory=set)
     _watchers: set[asyncio.Queue[Event | None]] = field(default_factory=set)
     _server: grpc.aio.Server | None = None
 
@@ -132,6 +134,25 @@ class FakeControlPlane(hosts_pb2_grpc.HostSyncServicer):
                 yield event
         finally:
             self._watchers.discard(queue)
+
+    def put_pools(self, *pools: pools_pb2.PoolAssignment) -> None:
+        """All pools from now on."""
+        self.pools = list(pools)
+        for watcher in self._pool_watchers:
+            watcher.set()
+
+    async def WatchPools(
+        self, request: hosts_pb2.WatchPoolsRequest, context: Context
+    ) -> AsyncIterator[pools_pb2.PoolAssignments]:
+        changed = asyncio.Event()
+        self._pool_watchers.add(changed)
+        try:
+            while True:
+                changed.clear()
+                yield pools_pb2.PoolAssignments(pools=self.pools)
+                await changed.wait()
+        finally:
+            self._pool_watchers.discard(changed)
 
     async def ReportSandbox(
         self, request: hosts_pb2.ReportSandboxRequest, context: Context

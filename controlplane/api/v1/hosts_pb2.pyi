@@ -8,6 +8,7 @@ and reports what is. HostRuntime is served by each hostd to the control plane on
 """
 
 from collections import abc as _abc
+from controlplane.api.v1 import pools_pb2 as _pools_pb2
 from controlplane.api.v1 import sandboxes_pb2 as _sandboxes_pb2
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
@@ -103,6 +104,7 @@ class Host(_message.Message):
     LAST_SEEN_FIELD_NUMBER: _builtins.int
     CLASSES_FIELD_NUMBER: _builtins.int
     RESOURCE_VERSION_FIELD_NUMBER: _builtins.int
+    POOLS_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     state: Global___HostState.ValueType
     accel: _builtins.str
@@ -129,6 +131,10 @@ class Host(_message.Message):
     def last_seen(self) -> _timestamp_pb2.Timestamp: ...
     @_builtins.property
     def classes(self) -> _containers.RepeatedScalarFieldContainer[_sandboxes_pb2.SandboxClass.ValueType]: ...
+    @_builtins.property
+    def pools(self) -> _containers.RepeatedCompositeFieldContainer[_pools_pb2.PoolReport]:
+        """the warm pools that it keeps a share of"""
+
     def __init__(
         self,
         *,
@@ -147,10 +153,11 @@ class Host(_message.Message):
         last_seen: _timestamp_pb2.Timestamp | None = ...,
         classes: _abc.Iterable[_sandboxes_pb2.SandboxClass.ValueType] | None = ...,
         resource_version: _builtins.int = ...,
+        pools: _abc.Iterable[_pools_pb2.PoolReport] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["capacity", b"capacity", "last_seen", b"last_seen"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["accel", b"accel", "capacity", b"capacity", "cgroup_version", b"cgroup_version", "classes", b"classes", "guest_kernel_version", b"guest_kernel_version", "image_digests", b"image_digests", "isolation_note", b"isolation_note", "kernel_version", b"kernel_version", "last_seen", b"last_seen", "name", b"name", "qemu_version", b"qemu_version", "resource_version", b"resource_version", "runtime_address", b"runtime_address", "sandboxes", b"sandboxes", "state", b"state"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["accel", b"accel", "capacity", b"capacity", "cgroup_version", b"cgroup_version", "classes", b"classes", "guest_kernel_version", b"guest_kernel_version", "image_digests", b"image_digests", "isolation_note", b"isolation_note", "kernel_version", b"kernel_version", "last_seen", b"last_seen", "name", b"name", "pools", b"pools", "qemu_version", b"qemu_version", "resource_version", b"resource_version", "runtime_address", b"runtime_address", "sandboxes", b"sandboxes", "state", b"state"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -280,6 +287,25 @@ class WatchAssignmentsRequest(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___WatchAssignmentsRequest: _TypeAlias = WatchAssignmentsRequest  # noqa: Y015
+
+@_typing.final
+class WatchPoolsRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    HOST_FIELD_NUMBER: _builtins.int
+    host: _builtins.str
+    def __init__(
+        self,
+        *,
+        host: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["host", b"host"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___WatchPoolsRequest: _TypeAlias = WatchPoolsRequest  # noqa: Y015
 
 @_typing.final
 class ReportSandboxRequest(_message.Message):

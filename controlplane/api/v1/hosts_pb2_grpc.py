@@ -5,6 +5,7 @@ import warnings
 
 from controlplane.api.v1 import hosts_pb2 as controlplane_dot_api_dot_v1_dot_hosts__pb2
 from controlplane.api.v1 import images_pb2 as controlplane_dot_api_dot_v1_dot_images__pb2
+from controlplane.api.v1 import pools_pb2 as controlplane_dot_api_dot_v1_dot_pools__pb2
 from controlplane.api.v1 import sandboxes_pb2 as controlplane_dot_api_dot_v1_dot_sandboxes__pb2
 
 GRPC_GENERATED_VERSION = '1.85.1'
@@ -163,6 +164,11 @@ class HostSyncStub:
                 request_serializer=controlplane_dot_api_dot_v1_dot_hosts__pb2.WatchAssignmentsRequest.SerializeToString,
                 response_deserializer=controlplane_dot_api_dot_v1_dot_sandboxes__pb2.SandboxEvent.FromString,
                 _registered_method=True)
+        self.WatchPools = channel.unary_stream(
+                '/sandloom.v1.HostSync/WatchPools',
+                request_serializer=controlplane_dot_api_dot_v1_dot_hosts__pb2.WatchPoolsRequest.SerializeToString,
+                response_deserializer=controlplane_dot_api_dot_v1_dot_pools__pb2.PoolAssignments.FromString,
+                _registered_method=True)
         self.ReportSandbox = channel.unary_unary(
                 '/sandloom.v1.HostSync/ReportSandbox',
                 request_serializer=controlplane_dot_api_dot_v1_dot_hosts__pb2.ReportSandboxRequest.SerializeToString,
@@ -190,6 +196,14 @@ class HostSyncServicer:
     def WatchAssignments(self, request, context):
         """Read only stream: first every sandbox assigned to the host, a bookmark when that list is complete,
         then changes. A sandbox that moved away or is gone comes as DELETE.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def WatchPools(self, request, context):
+        """Read only stream of the host's share of every warm pool: each message is the whole list, sent at once, after each
+        change of it, and as a sign of life. The host reports how far it got in ReportHost.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -223,6 +237,11 @@ def add_HostSyncServicer_to_server(servicer, server):
                     servicer.WatchAssignments,
                     request_deserializer=controlplane_dot_api_dot_v1_dot_hosts__pb2.WatchAssignmentsRequest.FromString,
                     response_serializer=controlplane_dot_api_dot_v1_dot_sandboxes__pb2.SandboxEvent.SerializeToString,
+            ),
+            'WatchPools': grpc.unary_stream_rpc_method_handler(
+                    servicer.WatchPools,
+                    request_deserializer=controlplane_dot_api_dot_v1_dot_hosts__pb2.WatchPoolsRequest.FromString,
+                    response_serializer=controlplane_dot_api_dot_v1_dot_pools__pb2.PoolAssignments.SerializeToString,
             ),
             'ReportSandbox': grpc.unary_unary_rpc_method_handler(
                     servicer.ReportSandbox,
@@ -289,6 +308,33 @@ class HostSync:
             '/sandloom.v1.HostSync/WatchAssignments',
             controlplane_dot_api_dot_v1_dot_hosts__pb2.WatchAssignmentsRequest.SerializeToString,
             controlplane_dot_api_dot_v1_dot_sandboxes__pb2.SandboxEvent.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def WatchPools(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/sandloom.v1.HostSync/WatchPools',
+            controlplane_dot_api_dot_v1_dot_hosts__pb2.WatchPoolsRequest.SerializeToString,
+            controlplane_dot_api_dot_v1_dot_pools__pb2.PoolAssignments.FromString,
             options,
             channel_credentials,
             insecure,

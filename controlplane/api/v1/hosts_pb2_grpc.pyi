@@ -10,6 +10,7 @@ and reports what is. HostRuntime is served by each hostd to the control plane on
 from collections import abc as _abc
 from controlplane.api.v1 import hosts_pb2 as _hosts_pb2
 from controlplane.api.v1 import images_pb2 as _images_pb2
+from controlplane.api.v1 import pools_pb2 as _pools_pb2
 from controlplane.api.v1 import sandboxes_pb2 as _sandboxes_pb2
 from grpc import aio as _aio
 import abc as _abc_1
@@ -83,6 +84,10 @@ class HostSyncStub:
     """Read only stream: first every sandbox assigned to the host, a bookmark when that list is complete,
     then changes. A sandbox that moved away or is gone comes as DELETE.
     """
+    WatchPools: _grpc.UnaryStreamMultiCallable[_hosts_pb2.WatchPoolsRequest, _pools_pb2.PoolAssignments]
+    """Read only stream of the host's share of every warm pool: each message is the whole list, sent at once, after each
+    change of it, and as a sign of life. The host reports how far it got in ReportHost.
+    """
     ReportSandbox: _grpc.UnaryUnaryMultiCallable[_hosts_pb2.ReportSandboxRequest, _hosts_pb2.ReportSandboxResponse]
     """Records what the host observed. Idempotent. Refused with FAILED_PRECONDITION (reason StaleEpoch) when the
     epoch is not the sandbox's present one, NOT_FOUND when it is gone: the host then lets go of it.
@@ -102,6 +107,10 @@ class HostSyncAsyncStub(HostSyncStub):
     WatchAssignments: _aio.UnaryStreamMultiCallable[_hosts_pb2.WatchAssignmentsRequest, _sandboxes_pb2.SandboxEvent]  # type: ignore[assignment]
     """Read only stream: first every sandbox assigned to the host, a bookmark when that list is complete,
     then changes. A sandbox that moved away or is gone comes as DELETE.
+    """
+    WatchPools: _aio.UnaryStreamMultiCallable[_hosts_pb2.WatchPoolsRequest, _pools_pb2.PoolAssignments]  # type: ignore[assignment]
+    """Read only stream of the host's share of every warm pool: each message is the whole list, sent at once, after each
+    change of it, and as a sign of life. The host reports how far it got in ReportHost.
     """
     ReportSandbox: _aio.UnaryUnaryMultiCallable[_hosts_pb2.ReportSandboxRequest, _hosts_pb2.ReportSandboxResponse]  # type: ignore[assignment]
     """Records what the host observed. Idempotent. Refused with FAILED_PRECONDITION (reason StaleEpoch) when the
@@ -131,6 +140,16 @@ class HostSyncServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_abc.Iterator[_sandboxes_pb2.SandboxEvent], _abc.AsyncIterator[_sandboxes_pb2.SandboxEvent]]:
         """Read only stream: first every sandbox assigned to the host, a bookmark when that list is complete,
         then changes. A sandbox that moved away or is gone comes as DELETE.
+        """
+
+    @_abc_1.abstractmethod
+    def WatchPools(
+        self,
+        request: _hosts_pb2.WatchPoolsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_pools_pb2.PoolAssignments], _abc.AsyncIterator[_pools_pb2.PoolAssignments]]:
+        """Read only stream of the host's share of every warm pool: each message is the whole list, sent at once, after each
+        change of it, and as a sign of life. The host reports how far it got in ReportHost.
         """
 
     @_abc_1.abstractmethod

@@ -25,10 +25,12 @@ from controlplane.api.v1 import (
     hosts_pb2_grpc,
     images_pb2,
     images_pb2_grpc,
+    pools_pb2_grpc,
     sandboxes_pb2,
     sandboxes_pb2_grpc,
 )
 from controlplane.ca import Authority
+from tests.controlplane.cli.fakepools import FakePools
 
 Output = sandboxes_pb2.StreamOutput
 Program = Callable[["FakeProcess"], int]
@@ -106,12 +108,13 @@ def fail(context: grpc.ServicerContext, condition: Condition, reason: str, messa
 
 
 class FakeFabric(
-    sandboxes_pb2_grpc.SandboxesServicer, images_pb2_grpc.ImagesServicer, hosts_pb2_grpc.HostsServicer,
+    FakePools, sandboxes_pb2_grpc.SandboxesServicer, images_pb2_grpc.ImagesServicer, hosts_pb2_grpc.HostsServicer,
     hosts_pb2_grpc.HostSyncServicer,
 ):  # fmt: skip
     """See the module. Tests read and set its public fields."""
 
     def __init__(self) -> None:
+        super().__init__()
         self.programs: dict[str, Program] = {}
         self.sandboxes: dict[str, sandboxes_pb2.Sandbox] = {}
         self.processes: dict[str, FakeProcess] = {}
@@ -142,6 +145,7 @@ class FakeFabric(
         images_pb2_grpc.add_ImagesServicer_to_server(self, server)
         hosts_pb2_grpc.add_HostsServicer_to_server(self, server)
         hosts_pb2_grpc.add_HostSyncServicer_to_server(self, server)
+        pools_pb2_grpc.add_PoolsServicer_to_server(self, server)
         port = server.add_secure_port(listen, server_credentials(tls))
         server.start()
         self._server = server
