@@ -74,10 +74,8 @@ async def test_everything_killed_at_once(each: OciRig) -> None:
                 os.kill(pid, signal.SIGKILL)
         loss = await asyncio.wait_for(engine.wait_gone(), DEADLINE_S)
         assert loss.reason == "VmmExited"
-        try:  # the monitor may have had the time to tell
+        with contextlib.suppress(HostdError):  # what became of it is unknown, unless the monitor had the time to tell
             assert await asyncio.wait_for(main.wait(), DEADLINE_S) == Exit(137, signal.SIGKILL)
-        except HostdError as error:
-            assert "gone" in str(error) or "lost" in str(error) or "end" in str(error)
 
 
 async def test_the_end_of_main_ends_the_others(each: OciRig) -> None:
