@@ -8,7 +8,7 @@ PROTOS := $(wildcard controlplane/api/v1/*.proto)
 C_FILES := $(shell git ls-files '*.c' '*.h' 2>/dev/null)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-quick lint bench bench-sharing bench-start bench-erofs bench-balloon-host bench-classes proto clean
+.PHONY: help setup demo test test-quick soak-unique lint bench bench-sharing bench-start bench-clone bench-erofs bench-balloon-host bench-classes proto clean
 
 help: ## show this help
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -31,13 +31,16 @@ test: setup ## lint, then the whole suite on real guests (under 25 minutes on 2 
 test-quick: setup ## what needs no guest and is quick (under 2 minutes)
 	$(BIN)/pytest -m 'not guest and not slow' -q
 
+soak-unique: setup ## 1,000 clones give no two equal random values (about half an hour)
+	$(BIN)/pytest -m soak tests/integration/test_uniqueness.py
+
 lint: setup ## ruff, strict mypy, clang-format
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	clang-format --dry-run --Werror $(C_FILES)
 
-bench: bench-erofs bench-sharing bench-start bench-balloon-host bench-classes ## every benchmark: a table and a JSON line each
+bench: bench-erofs bench-sharing bench-start bench-clone bench-balloon-host bench-classes ## every benchmark: a table and a JSON line each
 
 bench-erofs: setup ## layer conversion against tar -x and mkfs.erofs
 	$(BIN)/python -m tests.bench.bench_erofs
@@ -47,6 +50,9 @@ bench-sharing: setup ## host memory of N guests with DAX against the same guests
 
 bench-start: setup ## cold start by phase
 	$(BIN)/python -m tests.bench.bench_start
+
+bench-clone: setup ## clones against cold boots and QEMU's ordinary restore: milliseconds, MiB, a herd of 50
+	$(BIN)/python -m tests.bench.bench_clone
 
 bench-balloon-host: setup ## punching a recorded list of frames: coalesced against page by page
 	$(BIN)/python -m tests.bench.bench_balloon_host

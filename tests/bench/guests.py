@@ -50,11 +50,15 @@ class Bench:
     def spec(self, name: str, resources: Resources = RESOURCES) -> SandboxSpec:
         return SandboxSpec(name, name, TENANT, self.image.digest, name, resources, ProcessSpec(("true",)), 1)
 
-    async def start(self, driver: Driver, resources: Resources = RESOURCES) -> Engine:
-        """A configured guest; it ends with the bench, or by end()."""
+    def plan(self, resources: Resources = RESOURCES) -> StartPlan:
+        """A guest of the image that was not there before."""
         number = next(self._numbers)
         name = f"bench-{os.getpid()}-{number}"
-        plan = StartPlan(self.spec(name, resources), self.layers, 290_000 + number, self.folder / "run" / name)
+        return StartPlan(self.spec(name, resources), self.layers, 290_000 + number, self.folder / "run" / name)
+
+    async def start(self, driver: Driver, resources: Resources = RESOURCES) -> Engine:
+        """A configured guest; it ends with the bench, or by end()."""
+        plan = self.plan(resources)
         engine = await driver.start(plan, lambda _: None)
         self._stack.push_async_callback(self.end, driver, plan, engine)
         return engine

@@ -38,6 +38,7 @@ from hostd.drivers.qemu.templates import Templates
 from hostd.drivers.qemu.vmm import Launch, Vmm, Vmms
 from hostd.images import domain_of
 from hostd.journal import Handle
+from hostd.removal import remove_folder
 from hostd.tasks import to_its_end
 
 TEMPLATE_VM_UID = 199_999
@@ -130,6 +131,8 @@ class Cloner:
         """Ends what a former hostd left when it died while making a template. Blocks; before anything is made."""
         for uid in self._vmms.cgroups.names(self._prefix()):
             self._vmms.cgroups.remove(uid)
+        for folder in self._run_dir.glob(f"{self._prefix()}*"):
+            remove_folder(folder)
 
     def _launch_for(self, key: str, shape: GuestShape) -> Launch:
         uid = f"{self._prefix()}{key[:16]}"
@@ -189,7 +192,7 @@ class Cloner:
         clone is left. TemplateUnusable, StartFailed."""
         begin_s = self._clock()
         memory = await self.templates.take(choice.key)
-        with memory.state_reader() as state_fd:
+        with memory, memory.state_reader() as state_fd:
             launch = _restored(self._launch(plan, shape), memory, state_fd)
             forked = asyncio.ensure_future(asyncio.to_thread(self._vmms.fork, launch))
             try:

@@ -42,6 +42,15 @@ class TemplateMemory:
     state_fd: int
     ram_bytes: int
 
+    def duplicate(self) -> TemplateMemory:
+        """The same memory by descriptors of its own, which live as long as their owner wants."""
+        ram_fd = os.dup(self.ram_fd)
+        try:
+            return TemplateMemory(ram_fd, os.dup(self.state_fd), self.ram_bytes)
+        except BaseException:
+            os.close(ram_fd)
+            raise
+
     def close(self) -> None:
         """Lets go of both. Idempotent it is not: one owner, one close."""
         os.close(self.ram_fd)

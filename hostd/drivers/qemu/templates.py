@@ -151,17 +151,19 @@ class Templates:
             await asyncio.wait(making)
 
     async def take(self, key: str) -> TemplateMemory:
-        """Its memory, loaded and verified when it is not yet; give() it back when the clone has mapped it.
-        TemplateUnusable when it is not there or damaged: it is forgotten then."""
+        """Its memory, loaded and verified when it is not yet, for the caller to close: another clone's failure may
+        have the template forgotten meanwhile. give() says when the clone has ended. TemplateUnusable when it is not
+        there or damaged: it is forgotten then."""
         known = self._known.get(key)
         if known is None or known.stored is None:
             raise TemplateUnusable(f"there is no template {key[:12]} here")
         async with known.loading:
             if known.loaded is None:
                 known.loaded = await self._load(key, known, known.stored)
+            memory = known.loaded.memory.duplicate()
             known.loaded.live_clones += 1
             known.loaded.last_used_s = self._clock()
-            return known.loaded.memory
+            return memory
 
     async def _load(self, key: str, known: _Known, stored: StoredObject) -> _Loaded:
         try:
