@@ -10,6 +10,9 @@ from collections.abc import Mapping
 from controlplane.api.status import Condition, Failure, FieldProblem
 from hostd.errors import (
     AgentLost,
+    CannotCheckpoint,
+    CheckpointFailed,
+    CheckpointUnusable,
     CommandFailed,
     ControlLost,
     HostdError,
@@ -43,6 +46,9 @@ CONDITIONS: Mapping[type[Exception], Condition] = {
     KernelMissing: Condition.PRECONDITION,
     AgentLost: Condition.UNAVAILABLE,
     ControlLost: Condition.UNAVAILABLE,
+    CannotCheckpoint: Condition.PRECONDITION,
+    CheckpointFailed: Condition.UNAVAILABLE,
+    CheckpointUnusable: Condition.PRECONDITION,
     HostdError: Condition.INTERNAL,
     NotFound: Condition.NOT_FOUND,
     BadArchive: Condition.INVALID,

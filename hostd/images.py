@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from hostd.drivers.contract import LayerFile
@@ -50,6 +51,25 @@ def take(store: Store, spec: SandboxSpec) -> ReadyImage:
         for stored, layer in zip(objects, image.layers, strict=True)
     )
     return ReadyImage(layers, image.config)
+
+
+def take_layers(store: Store, spec: SandboxSpec, digests: Sequence[tuple[str, str]]) -> tuple[LayerFile, ...]:
+    """Pins and verifies layers, (digest, volume uuid) each, for a sandbox that needs no image's record: it was copied
+    from one that had them. Blocks; ImageMissing."""
+    domain = domain_of(spec.tenant)
+    try:
+        with store.hold() as hold:
+            objects = [store.get(domain, digest, hold=hold) for digest, _ in digests]
+            store.pin(pin_owner(spec.uid), [stored.key for stored in objects])
+    except NotFound as error:
+        raise ImageMissing(f"a layer of the checkpoint: {error}") from error
+    except CacheError as error:
+        raise HostdError(f"a layer of the checkpoint: {error}", reason="ImageUnusable") from error
+    gid = store.domain_gid(domain)
+    return tuple(
+        LayerFile(stored.path, stored.size_bytes, bytes.fromhex(uuid), gid)
+        for stored, (_, uuid) in zip(objects, digests, strict=True)
+    )
 
 
 def release(store: Store, uid: str) -> None:

@@ -12,7 +12,9 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from hostd.drivers.contract import Engine, ProcessLink, StartPlan
+from hostd.checkpoint import fitted, require_able
+from hostd.checkpoints import StoredCheckpoint
+from hostd.drivers.contract import Checkpointing, Engine, ProcessLink, StartPlan, TakenCheckpoint
 from hostd.errors import CommandFailed, HostdError, NotRunning
 from hostd.journal import Handle, Outcome, Record
 from hostd.lifecycle import ENDED, Phase, move
@@ -53,6 +55,7 @@ class Sandbox:
         self.live: Live | None = None
         self.resize: ResizeProgress | None = None
         self.followers, self._followed = 0, False
+        self._sessions: list[str] = []
         self._wanted = asyncio.Event()
         self._changed = asyncio.Event()
         self._loop = asyncio.get_running_loop()
@@ -83,6 +86,29 @@ class Sandbox:
         """That client is done."""
         self.followers -= 1
         self._tell_waiters()
+
+    def session_begins(self, what: str) -> None:
+        """A client types into it."""
+        self._sessions.append(what)
+
+    def session_ends(self, what: str) -> None:
+        """That client is done."""
+        self._sessions.remove(what)
+
+    async def checkpoint(self, key: str, name: str) -> StoredCheckpoint:
+        """Takes a checkpoint of it as it runs; it goes on. Idempotent by `key`. NotRunning, CannotCheckpoint with what
+        it has that cannot be carried, CheckpointFailed."""
+        able = self._host.driver.checkpointing is not None
+        require_able(self.spec, self.record.phase, self._sessions, able=able)
+        live = self.running()
+
+        async def taking(checkpointing: Checkpointing) -> TakenCheckpoint:
+            return await checkpointing.checkpoint(live.engine, lambda: dict(self.log.offsets))
+
+        made = await self._host.checkpoints.make(key, name, self.spec, live.command, taking)
+        size_mib, pause_s = made.size_bytes >> 20, made.about.pause_s
+        self.tell("Checkpointed", f"{name} ({key}): {size_mib} MiB, it stood still for {pause_s:.2f} s")
+        return made
 
     def running(self) -> Live:
         """The live engine. NotRunning, with the phase and its reason, when there is none."""
@@ -195,6 +221,8 @@ class Sandbox:
                     told = True
                 await asyncio.sleep(CLEAN_UP_RETRY_S)
         await self._host.release_image(self.spec.uid)
+        if self.spec.checkpoint:
+            self._host.checkpoints.release(self.spec.checkpoint, self.spec.uid)
         self.log.close()
         self._move(
             outcome.phase,
@@ -211,6 +239,8 @@ class Sandbox:
     async def _adopt(self) -> Live:
         record, handle = self.record, self.record.handle
         assert handle is not None
+        if handle.checkpoint and record.phase is Phase.STARTING:  # it may not have become itself yet
+            raise HostdError("hostd restarted while it was being restored", reason="StartInterrupted")
         plan = StartPlan(record.spec, (), handle.vm_uid, self.folder)
         engine = await self._host.driver.adopt(plan, handle, dict(self.log.offsets))
         if engine is None:
@@ -228,6 +258,8 @@ class Sandbox:
             await to_its_end(engine.detach())
             raise
         assert record.command is not None
+        if handle.checkpoint:
+            await self._host.checkpoints.adopt(handle.checkpoint, self.spec.uid, handle.pid)
         self.live = Live(engine, main, record.command)
         self._write(record)
         self.tell("Adopted", f"taken over by a restarted hostd, pid {handle.pid}")
@@ -251,6 +283,28 @@ class Sandbox:
             return None if start.cancelled() or start.exception() else start.result()
 
     async def _start(self) -> Live:
+        return await (self._restore() if self.spec.checkpoint else self._begin())
+
+    async def _restore(self) -> Live:
+        """Goes on from a checkpoint instead of starting."""
+        checkpoints, checkpointing = self._host.checkpoints, self._host.driver.checkpointing
+        about = checkpoints.find(self.spec.checkpoint).about
+        spec = fitted(about, self.spec)
+        assert checkpointing is not None, "else there is no checkpoint here"
+        layers = await self._host.take_layers(spec, about)
+        async with self._host.start_slot():
+            self._host.admit(spec)
+            vm_uid = self._host.claim_vm_uid()
+            self.log.begin_at(self.now_ns(), about.offsets)
+            self._move(Phase.STARTING, spec=spec, vm_uid=vm_uid, command=about.command)
+            plan = StartPlan(spec, layers, vm_uid, self.folder)
+            async with checkpoints.memory(about.id, spec.uid) as memory:
+                engine = await checkpointing.restore(plan, memory, about.form, about.offsets, self._made)
+        main = engine.resume()
+        assert main is not None, "what is restored has a main process"
+        return self._runs(engine, main, about.command, engine.start_phases)
+
+    async def _begin(self) -> Live:
         image = await self._host.take_image(self.spec)
         command = image.command(self.spec)
         async with self._host.start_slot():
@@ -271,6 +325,9 @@ class Sandbox:
             await to_its_end(engine.detach())
             raise
         phases = (*engine.start_phases, ("workload", self._loop.time() - begin_s))
+        return self._runs(engine, main, command, phases)
+
+    def _runs(self, engine: Engine, main: ProcessLink, command: Command, phases: tuple[tuple[str, float], ...]) -> Live:
         self.live = Live(engine, main, command)  # first: who hears that it runs may ask at once
         now_s = self._host.now_s()
         self._move(Phase.RUNNING, started_at_s=now_s, start_phases=phases, origin=engine.origin)

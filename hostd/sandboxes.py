@@ -20,6 +20,8 @@ import psutil
 
 from hostd import images
 from hostd.admission import HostNow, admit
+from hostd.checkpoint import CheckpointAbout
+from hostd.checkpoints import Checkpoints
 from hostd.command import resolve
 from hostd.config import Config
 from hostd.drivers.contract import Driver, LayerFile
@@ -111,6 +113,7 @@ class Sandboxes:
         self._group: asyncio.TaskGroup | None = None
         self.ready = asyncio.Event()
         self.pools = Pools(self)
+        self.checkpoints: Checkpoints = Checkpoints(store, lambda: self.driver.checkpointing, now_s)
 
     async def run(self) -> None:
         """Takes over what the journal names (then `ready` is set), then owns every sandbox's task until cancelled."""
@@ -120,6 +123,7 @@ class Sandboxes:
             for record in records:
                 self._begin(record)
             group.create_task(self.pools.run(), name="pools")
+            group.create_task(self.checkpoints.run(), name="checkpoints")
             self.ready.set()
             await asyncio.Event().wait()
 
@@ -133,6 +137,7 @@ class Sandboxes:
                 log.warning("%s belongs to no record: what runs there is ended", folder)
                 await self.driver.destroy(folder.name, folder, None)
         await asyncio.to_thread(self._release_members)
+        await self.checkpoints.recover()
         for folder in self.config.state_dir.glob(f"{IMPORT_PREFIX}*"):
             await asyncio.to_thread(remove_folder, folder)
         return records
@@ -219,6 +224,11 @@ class Sandboxes:
         """Its layers, verified and pinned."""
         ready = await asyncio.to_thread(images.take, self.store, spec)
         return ImageInUse(ready.layers, ready.config)
+
+    async def take_layers(self, spec: SandboxSpec, about: CheckpointAbout) -> tuple[LayerFile, ...]:
+        """A checkpoint's, verified and pinned for a sandbox that is restored from it."""
+        names = [(layer.digest, layer.volume_uuid) for layer in about.layers]
+        return await asyncio.to_thread(images.take_layers, self.store, spec, names)
 
     async def release_image(self, uid: str) -> None:
         """Unpins them."""

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import signal
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import aclosing, contextmanager
 
 from controlplane.api.v1 import sandboxes_pb2
 from hostd import edge
@@ -17,7 +18,8 @@ from hostd.drivers.contract import ProcessLink
 from hostd.errors import CommandFailed, HostdError, InvalidSpec, StartFailed
 from hostd.lifecycle import ENDED, Phase
 from hostd.logs import last_lines
-from hostd.sandbox import Sandbox
+from hostd.sandbox import Live, Sandbox
+from hostd.spec import Command, ProcessSpec
 from hostd.tasks import OwnedTasks, to_its_end
 
 Inputs = AsyncIterator[sandboxes_pb2.StreamInput]
@@ -48,12 +50,13 @@ async def attach(sandbox: Sandbox, start: sandboxes_pb2.StreamStart, inputs: Inp
     sandbox.follow_begins()
     try:
         await _wait(sandbox, STARTED_OR_ENDED, RUNNING_DEADLINE_S, "does not run")
-        async with OwnedTasks() as tasks:
-            if sandbox.live is not None:
-                tasks.spawn(feed(sandbox.live.main, inputs, stdin=start.stdin), "feed")
-                yield sandboxes_pb2.StreamOutput(started=True)
-            async for entry in sandbox.log.follow(from_start=start.from_start):
-                yield render_output(entry.stream, entry.data, entry.time_ns)
+        with _session(sandbox, "attach with standard input" if start.stdin else ""):
+            async with OwnedTasks() as tasks:
+                if sandbox.live is not None:
+                    tasks.spawn(feed(sandbox.live.main, inputs, stdin=start.stdin), "feed")
+                    yield sandboxes_pb2.StreamOutput(started=True)
+                async for entry in sandbox.log.follow(from_start=start.from_start):
+                    yield render_output(entry.stream, entry.data, entry.time_ns)
         yield await _exit_of(sandbox)
     finally:
         sandbox.follow_ends()
@@ -66,6 +69,13 @@ async def execute(
     live = sandbox.running()
     spec = edge.parse_process(start.exec)
     command = resolve_exec(spec, live.command)
+    with _session(sandbox, _interactive(spec, command.argv[0])):
+        async with aclosing(_executed(live, command, inputs, now_ns)) as outputs:  # type: ignore[type-var]
+            async for output in outputs:
+                yield output
+
+
+async def _executed(live: Live, command: Command, inputs: Inputs, now_ns: Callable[[], int]) -> Outputs:
     try:
         process = await live.engine.spawn(command, main=False)
     except CommandFailed as error:
@@ -76,13 +86,32 @@ async def execute(
     try:
         yield sandboxes_pb2.StreamOutput(started=True)
         async with OwnedTasks() as tasks:
-            tasks.spawn(feed(process, inputs, stdin=spec.stdin), "feed")
+            tasks.spawn(feed(process, inputs, stdin=command.stdin), "feed")
             async for piece in process.output():
                 yield render_output(piece.stream, piece.data, now_ns())
         ended = await process.wait()
     finally:
         await to_its_end(_put_away(process, hang_up=ended is None))
     yield sandboxes_pb2.StreamOutput(exit=sandboxes_pb2.ExitStatus(code=ended.code, signal=ended.signal))
+
+
+@contextmanager
+def _session(sandbox: Sandbox, what: str) -> Iterator[None]:
+    """While a client types into the sandbox: that cannot be in two sandboxes at once."""
+    if what:
+        sandbox.session_begins(what)
+    try:
+        yield
+    finally:
+        if what:
+            sandbox.session_ends(what)
+
+
+def _interactive(spec: ProcessSpec, name: str) -> str:
+    """What of an exec makes it a session that no copy of the sandbox can have; "" when nothing does."""
+    if spec.tty:
+        return f"exec of {name} on a terminal"
+    return f"exec of {name} with standard input" if spec.stdin else ""
 
 
 async def read_log(sandbox: Sandbox, *, follow: bool, tail_lines: int) -> Outputs:

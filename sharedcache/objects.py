@@ -31,11 +31,12 @@ class ObjectKind(StrEnum):
     KERNEL = "kernel"
     INITRAMFS = "initramfs"
     TEMPLATE = "template"
+    CHECKPOINT = "checkpoint"
 
 
 @dataclass(frozen=True)
 class FileMeta:
-    """What there is to know of a kernel, initramfs or template.
+    """What there is to know of a kernel, initramfs, template or checkpoint.
 
     A name and a release for people and lookups.
     """

@@ -269,6 +269,16 @@ class Store(LiveRecords):
         with self._locked():
             return self._domains.ensure(domain).gid
 
+    def remove(self, key: str) -> bool:
+        """Removes an object at once, however lately it was used; False when somebody needs it, or it is not there."""
+        with self._locked():
+            if self._shelf.find(key) is None or any(key in keys for keys in self.pins().values()):
+                return False
+            folder = self._shelf.detach(key)
+            self._used_at_s.pop(key, None)
+        shutil.rmtree(folder)
+        return True
+
     def collect(self, need_bytes: int | None = None) -> list[str]:
         """Removes objects that nobody needs and nobody used for `grace_s`; returns their keys.
 

@@ -95,6 +95,10 @@ class _Checkpointing:
         """See Checkpointing.load."""
         return next(iter(self._able.values())).load(path)
 
+    def load_of(self, path: Path, pid: int) -> Any:
+        """See Checkpointing.load_of."""
+        return next(iter(self._able.values())).load_of(path, pid)
+
     async def restore(
         self,
         plan: StartPlan,

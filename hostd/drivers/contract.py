@@ -236,6 +236,11 @@ class Checkpointing(Protocol):
         """The CheckpointMemory in file `path`, for restore. CheckpointUnusable. Blocks."""
         ...
 
+    def load_of(self, path: Path, pid: int) -> Any:
+        """The same, taken from a running engine that was restored from it, so that the next shares memory with it.
+        CheckpointUnusable, OSError. Blocks."""
+        ...
+
     async def restore(
         self,
         plan: StartPlan,

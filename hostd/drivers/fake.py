@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hostd.drivers.contract import Driver, Engine, Exit, Loss, MemoryNow, ProcessLink, Region, StartPlan
+from hostd.drivers.fakecheckpointing import FakeCheckpointing
 from hostd.drivers.fakemachine import MAIN, SIGKILL, FakeLink, FakeProcess, Machine, acknowledge, run
 from hostd.drivers.fakeprograms import PROGRAMS, Program, Terminal
 from hostd.drivers.fakewarming import FakeWarming
@@ -45,14 +46,14 @@ class Faults:
     follow_s: float = 0.0  # how long a guest takes to follow a resize
     most_mib: int | None = None  # what a guest plugs at most, whatever is asked
     least_mib: int | None = None  # what a guest keeps at least
+    checkpoint: HostdError | None = None  # raised instead of taking one
+    restore: HostdError | None = None
     claim: HostdError | None = None
     claim_s: float = 0.0
 
 
 class FakeDriver:
     """Implements hostd.drivers.contract.Driver."""
-
-    checkpointing = None
 
     def __init__(self, programs: Mapping[str, Program] = PROGRAMS, *, accel: str = "fake") -> None:
         self.programs, self.accel = programs, accel
@@ -61,6 +62,7 @@ class FakeDriver:
         self.starts = 0
         self._pids = itertools.count(FIRST_PID)
         self.warming: FakeWarming | None = FakeWarming(self)
+        self.checkpointing: FakeCheckpointing | None = FakeCheckpointing(self)
 
     async def start(self, plan: StartPlan, made: Callable[[Handle], None]) -> Engine:
         """See Driver.start."""
@@ -71,7 +73,9 @@ class FakeDriver:
         """A link to a machine that runs."""
         return FakeEngine(self, machine, start_phases)
 
-    async def boot(self, plan: StartPlan, made: Callable[[Handle], None], *, member: str = "") -> Machine:
+    async def boot(
+        self, plan: StartPlan, made: Callable[[Handle], None], *, member: str = "", checkpoint: str = ""
+    ) -> Machine:
         """A machine that runs; on any error nothing of it is left."""
         shape = memory_shape(plan.spec.resources, sum(layer.size_bytes for layer in plan.layers))
         resources = plan.spec.resources
@@ -86,6 +90,7 @@ class FakeDriver:
                 shape.elastic_mib,
                 resources.vcpus,
                 member=member,
+                checkpoint=checkpoint,
             )
             machine = Machine(plan.spec.uid, handle, resources, asyncio.get_running_loop().create_future())
             machine.actual_mib = shape.base_mib + shape.requested_mib(resources.memory_mib)

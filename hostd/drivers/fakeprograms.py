@@ -42,6 +42,10 @@ class Terminal:
         self._signals: deque[int] = deque()
         self.changed = asyncio.Event()
 
+    def begin_at(self, offsets: Mapping[int, int]) -> None:
+        """What it writes first is at these offsets: a copy of a machine goes on where that was."""
+        self._offsets.update(offsets)
+
     # The program's side.
 
     async def write(self, data: bytes, stream: int = 1) -> None:

@@ -23,12 +23,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-from hostd.drivers.qemu.templateblob import data_extents, seal
+from hostd.drivers.qemu.templateblob import data_extents, is_sealed, seal
 from hostd.errors import CheckpointUnusable
 from native import _balloon
 
-RAM_NAME = "sandloom-checkpoint"
-"""The memfds' name, as it shows in /proc/PID/maps: `/memfd:sandloom-checkpoint (deleted)`."""
+RAM_NAME, ELASTIC_NAME, STATE_NAME = (f"sandloom-checkpoint-{part}" for part in ("ram", "elastic", "state"))
+"""The memfds' names, as they show in /proc/PID/maps: `/memfd:sandloom-checkpoint-ram (deleted)`."""
 
 _TRAILER = struct.Struct("<8sQQQQ")
 _MAGIC = b"SLCKPT01"
@@ -76,18 +76,18 @@ class DraftMemory:
     def __init__(self, ram_bytes: int, elastic_bytes: int) -> None:
         self.ram_bytes, self.elastic_bytes = ram_bytes, elastic_bytes
         self._open: list[int] = []
-        self.ram_fd = self._new(ram_bytes)
-        self.elastic_fd = self._new(elastic_bytes) if elastic_bytes else -1
+        self.ram_fd = self._new(RAM_NAME, ram_bytes)
+        self.elastic_fd = self._new(ELASTIC_NAME, elastic_bytes) if elastic_bytes else -1
 
-    def _new(self, size_bytes: int) -> int:
-        descriptor = os.memfd_create(RAM_NAME, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    def _new(self, name: str, size_bytes: int) -> int:
+        descriptor = os.memfd_create(name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         self._open.append(descriptor)
         os.ftruncate(descriptor, size_bytes)
         return descriptor
 
     def seal(self, state: bytes) -> CheckpointMemory:
         """The sealed memory, once; the caller owns it."""
-        state_fd = self._new(0)
+        state_fd = self._new(STATE_NAME, 0)
         with open(state_fd, "wb", closefd=False) as file:
             file.write(state)
         for descriptor in self._open:
@@ -162,6 +162,37 @@ def load(path: Path) -> CheckpointMemory:
             return draft.seal(state)
     finally:
         os.close(descriptor)
+
+
+def from_fork(path: Path, pid: int) -> CheckpointMemory:
+    """The memory that guest `pid`, restored from the blob, maps: who is restored next shares pages with it.
+    CheckpointUnusable when it maps another, OSError when it is gone."""
+    found = _memfds_of(pid)
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            parts = _parts(descriptor, path)
+        finally:
+            os.close(descriptor)
+        sizes = {name: os.fstat(each).st_size for name, each in found.items() if is_sealed(each)}
+        wanted = {RAM_NAME: parts.ram_bytes, ELASTIC_NAME: parts.elastic_bytes, STATE_NAME: parts.state_bytes}
+        if sizes != {name: size for name, size in wanted.items() if size}:
+            raise CheckpointUnusable(f"process {pid} maps another checkpoint than {path}")
+    except BaseException:
+        for each in found.values():
+            os.close(each)
+        raise
+    elastic_fd = found.get(ELASTIC_NAME, -1)
+    return CheckpointMemory(found[RAM_NAME], elastic_fd, found[STATE_NAME], parts.ram_bytes, parts.elastic_bytes)
+
+
+def _memfds_of(pid: int) -> dict[str, int]:
+    found: dict[str, int] = {}
+    for entry in Path(f"/proc/{pid}/fd").iterdir():
+        name = str(entry.readlink()).removeprefix("/memfd:").removesuffix(" (deleted)")
+        if name in (RAM_NAME, ELASTIC_NAME, STATE_NAME) and name not in found:
+            found[name] = os.open(entry, (os.O_RDONLY if name == STATE_NAME else os.O_RDWR) | os.O_CLOEXEC)
+    return found
 
 
 @dataclass(frozen=True)

@@ -110,6 +110,10 @@ class QemuCheckpointing:
         """See Checkpointing.load."""
         return QemuMemory(checkpointblob.load(path))
 
+    def load_of(self, path: Path, pid: int) -> QemuMemory:
+        """See Checkpointing.load_of."""
+        return QemuMemory(checkpointblob.from_fork(path, pid))
+
     # Restoring.
 
     async def restore(

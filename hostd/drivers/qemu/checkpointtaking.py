@@ -5,7 +5,7 @@ is mapped shared is copied from its own memfd meanwhile → QEMU and workload go
 (checkpointstream.py), pages of zeros are dropped, all is sealed. What comes after "go on" costs the guest nothing.
 
 Whatever fails, and whoever cancels: the guest goes on. A hostd that dies meanwhile leaves it stopped, and the next one,
-adopting it, lets it go on (driver.py).
+adopting it, lets it go on (let_run, driver.py).
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import mmap
 import os
 import re
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -101,7 +101,7 @@ async def _copy(
     except HostdError as error:
         raise CheckpointFailed(f"the guest could not be saved: {error}", reason=error.reason) from error
     finally:
-        await to_its_end(go_on(engine.control, engine.link.thaw))
+        await to_its_end(_go_on(engine))
     return recorded, time.monotonic() - begin_s
 
 
@@ -113,8 +113,13 @@ async def _ended(task: asyncio.Task[Any]) -> None:
     await asyncio.wait({task})
 
 
-async def go_on(control: Control, thaw: Callable[[], Coroutine[Any, Any, None]]) -> None:
-    """A guest that a checkpoint stopped, or may have, runs afterwards. ControlLost, AgentLost."""
+async def _go_on(engine: QemuEngine) -> None:
+    await let_run(engine.control)
+    await engine.link.thaw()
+
+
+async def let_run(control: Control) -> None:
+    """A guest that a checkpoint stopped, or may have, runs afterwards; its workload is frozen still. ControlLost."""
     give_up_s = time.monotonic() + snapshot.STATE_DEADLINE_S
     while not (status := await control.execute("query-status"))["running"]:
         if status["status"] in ("paused", "postmigrate"):
@@ -123,7 +128,6 @@ async def go_on(control: Control, thaw: Callable[[], Coroutine[Any, Any, None]])
             raise ControlLost(f"the guest is stopped and cannot go on: {status['status']}")
         else:
             await asyncio.sleep(0.02)
-    await thaw()
 
 
 # Where the guest's memory is.

@@ -19,7 +19,7 @@ from hostd.agentlink import AgentLink
 from hostd.cgroups import Hierarchy
 from hostd.drivers.contract import Checkpointing, Engine, StartPlan
 from hostd.drivers.qemu.checkpointing import QemuCheckpointing
-from hostd.drivers.qemu.checkpointtaking import go_on
+from hostd.drivers.qemu.checkpointtaking import let_run
 from hostd.drivers.qemu.cloning import Cloner
 from hostd.drivers.qemu.command import GuestShape
 from hostd.drivers.qemu.control import Control
@@ -144,12 +144,13 @@ class QemuDriver:
             folder = seat.folder
             control = await Control.connect(folder / "qmp.sock", deadline_s=ADOPT_DEADLINE_S, alive=process.gone)
             stack.push_async_callback(control.close)
+            await let_run(control)  # a former hostd may have died while it took a checkpoint
             main = ProcCarry(MAIN_PROC, offsets.get(1, 0), offsets.get(2, 0), stdin_open=process_spec.stdin)
             link = await AgentLink.connect(
                 folder / "agent.sock", deadline_s=ADOPT_DEADLINE_S, gone=process.gone, carry=SessionCarry(procs=(main,))
             )
             stack.push_async_callback(link.close)
-            await go_on(control, link.thaw)  # a former hostd may have died while it took a checkpoint
+            await link.thaw()
             if handle.template and self._cloner is not None:
                 await self._cloner.templates.adopt(handle.template, handle.pid)
             stack.pop_all()

@@ -63,6 +63,9 @@ class Copying:
     def read_about(self, path: Path) -> bytes:
         return b"about"
 
+    def load_of(self, path: Path, pid: int) -> object:
+        return f"{path} of {pid}"
+
     def load(self, path: Path) -> Any:
         return str(path)
 
