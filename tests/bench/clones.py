@@ -46,6 +46,7 @@ class CloneKit:
     identity: GuestIdentity
     run_dir: Path
     told: list[tuple[str, str]] = field(default_factory=list)
+    _drivers: dict[Origin, QemuDriver] = field(default_factory=dict)
 
     def cloner(self, wanted: Origin) -> WantedCloner:
         vmms = Vmms(self.cgroups, BOOT_DEADLINE_S)
@@ -54,9 +55,12 @@ class CloneKit:
         return made
 
     def driver(self, wanted: Origin) -> QemuDriver:
-        """A driver whose guests come up as `wanted`."""
-        cloner = self.cloner(wanted)
-        return QemuDriver(self.kernel, self.accel, self.cgroups, boot_deadline_s=BOOT_DEADLINE_S, cloner=cloner)
+        """The driver whose guests come up as `wanted`."""
+        if wanted not in self._drivers:
+            self._drivers[wanted] = QemuDriver(
+                self.kernel, self.accel, self.cgroups, boot_deadline_s=BOOT_DEADLINE_S, cloner=self.cloner(wanted)
+            )
+        return self._drivers[wanted]
 
     async def make(self, plan: StartPlan) -> None:
         """Has both templates of `plan` made, and waits for them. RuntimeError when one fails."""

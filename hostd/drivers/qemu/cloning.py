@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import os
 import time
 from collections.abc import Callable
 from contextlib import AsyncExitStack
@@ -43,6 +44,10 @@ from hostd.tasks import to_its_end
 
 TEMPLATE_VM_UID = 199_999
 """Below the uids of sandboxes: at most one guest that is no sandbox runs at a time."""
+
+CLONES_A_CPU = 2
+"""So many clones at once come up on each CPU; the others wait their turn. Coming up is all computing (QEMU's start,
+TCG's translations), so that more at once only makes all of them late: by turns the first of a herd are there at once."""
 
 
 @dataclass(frozen=True)
@@ -80,6 +85,7 @@ class Cloner:
     ) -> None:
         self.templates, self._kernel, self._identity, self._accel = templates, kernel, identity, accel
         self._vmms, self._run_dir, self._clock = vmms, run_dir, clock
+        self._turns = asyncio.Semaphore(CLONES_A_CPU * len(os.sched_getaffinity(0)))
 
     def fitting(self, plan: StartPlan) -> Fitting:
         """Which templates would do for `plan`."""
@@ -191,6 +197,18 @@ class Cloner:
         """A clone for `plan` whose agent answered; what is open is closed by `stack`. On any error nothing of the
         clone is left. TemplateUnusable, StartFailed."""
         begin_s = self._clock()
+        async with self._turns:
+            return await self._clone(begin_s, plan, shape, choice, made, stack)
+
+    async def _clone(
+        self,
+        begin_s: float,
+        plan: StartPlan,
+        shape: GuestShape,
+        choice: Choice,
+        made: Callable[[Handle], None],
+        stack: AsyncExitStack,
+    ) -> Started:
         memory = await self.templates.take(choice.key)
         with memory, memory.state_reader() as state_fd:
             launch = _restored(self._launch(plan, shape), memory, state_fd)

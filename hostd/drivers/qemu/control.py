@@ -16,6 +16,7 @@ from hostd.errors import ControlLost
 logging.getLogger("qemu.qmp").setLevel(logging.CRITICAL + 1)
 
 COMMAND_DEADLINE_S = 20.0
+POLL_S = 0.003  # QEMU makes its sockets some 50 ms after exec
 
 
 class Control:
@@ -29,6 +30,7 @@ class Control:
         """Connects as soon as QEMU listens. ControlLost after the deadline, or at once when `alive` resolves."""
         give_up = asyncio.get_running_loop().time() + deadline_s
         while True:
+            await _until_bound(path, alive, give_up)
             client = QMPClient("sandloom")
             try:
                 await asyncio.wait_for(client.connect(str(path)), max(0.1, give_up - asyncio.get_running_loop().time()))
@@ -39,7 +41,7 @@ class Control:
                     raise ControlLost(f"QEMU is gone before it could be asked: {_future_text(alive)}") from error
                 if asyncio.get_running_loop().time() > give_up:
                     raise ControlLost(f"{path}: no answer from QEMU within {deadline_s:.0f} s: {error}") from error
-            await asyncio.wait({alive}, timeout=0.003)  # QEMU makes its sockets a few ms after exec
+            await asyncio.wait({alive}, timeout=POLL_S)
 
     async def execute(self, command: str, **arguments: Any) -> Any:
         """A command's return value. ControlLost when the session or QEMU fails, with QEMU's own words."""
@@ -100,6 +102,17 @@ class Control:
     async def close(self) -> None:
         """Lets go of the session. QEMU keeps running and listens again."""
         await _quietly_disconnect(self._client)
+
+
+async def _until_bound(path: Path, alive: asyncio.Future[str], give_up: float) -> None:
+    """Returns when the socket is there, or need not be waited for. A failed connect costs 50 times this look."""
+    loop = asyncio.get_running_loop()
+    while not _exists(path) and not alive.done() and loop.time() <= give_up:
+        await asyncio.wait({alive}, timeout=POLL_S)
+
+
+def _exists(path: Path) -> bool:
+    return path.exists()
 
 
 async def _quietly_disconnect(client: QMPClient) -> None:
