@@ -1,7 +1,8 @@
 """What a checkpoint is of: the values that stand in its blob, so that it can be restored wherever the blob is.
 
-JSON, schema 1: {"schema", "id", "name", "record": the source's journal record, "layers": [[digest, volume uuid], …],
-"form": the driver's, "offsets": {"1": n, "2": n}, "pause_s", "created_at_s"}
+JSON, schema 1: {"schema", "id", "name", "record": the source's journal record, "layers": [[digest, volume uuid,
+bytes], …], "form": the driver's, "offsets": {"1": n, "2": n}, "pause_s", "created_at_s", "image": as its user calls
+it, "ephemeral": whether it is only of a fork}
 """
 
 from __future__ import annotations
@@ -29,6 +30,17 @@ class LayerName:
 
     digest: str
     volume_uuid: str  # hex
+    size_bytes: int
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What a checkpoint shall be called. Of a fork (`ephemeral`) nobody keeps it."""
+
+    id: str
+    name: str
+    image: str = ""
+    ephemeral: bool = False
 
 
 @dataclass(frozen=True)
@@ -44,6 +56,8 @@ class CheckpointAbout:
     offsets: Mapping[int, int]
     pause_s: float
     created_at_s: float
+    image: str = ""  # what its user calls it
+    ephemeral: bool = False  # of a fork: nobody keeps it
 
     def __post_init__(self) -> None:
         if not _ID.fullmatch(self.id):
@@ -59,11 +73,13 @@ class CheckpointAbout:
             "id": self.id,
             "name": self.name,
             "record": json.loads(journal.encode(record)),
-            "layers": [[layer.digest, layer.volume_uuid] for layer in self.layers],
+            "layers": [[layer.digest, layer.volume_uuid, layer.size_bytes] for layer in self.layers],
             "form": dict(self.form),
             "offsets": {str(stream): offset for stream, offset in self.offsets.items()},
             "pause_s": self.pause_s,
             "created_at_s": self.created_at_s,
+            "image": self.image,
+            "ephemeral": self.ephemeral,
         }
         return json.dumps(values, sort_keys=True).encode()
 
@@ -82,11 +98,13 @@ class CheckpointAbout:
                 name=values["name"],
                 spec=record.spec,
                 command=record.command,
-                layers=tuple(LayerName(str(digest), str(uuid)) for digest, uuid in values["layers"]),
+                layers=tuple(LayerName(str(digest), str(uuid), int(size)) for digest, uuid, size in values["layers"]),
                 form=dict(values["form"]),
                 offsets={int(stream): int(offset) for stream, offset in values["offsets"].items()},
                 pause_s=float(values["pause_s"]),
                 created_at_s=float(values["created_at_s"]),
+                image=str(values["image"]),
+                ephemeral=bool(values["ephemeral"]),
             )
         except (ValueError, KeyError, TypeError, AttributeError, InvalidSpec, JournalError) as error:
             raise CheckpointUnusable(

@@ -11,12 +11,12 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Collection
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from hostd.checkpoint import CheckpointAbout, LayerName
+from hostd.checkpoint import CheckpointAbout, LayerName, Wanted
 from hostd.drivers.contract import Checkpointing, CheckpointMemory, TakenCheckpoint
 from hostd.errors import CannotCheckpoint, CheckpointUnusable, HostdError, InvalidSpec
 from hostd.images import domain_of
@@ -56,15 +56,16 @@ class Taking(Protocol):
 
 
 class Checkpoints:
-    """See the module. Its owner runs run()."""
+    """See the module. Its owner runs run(). `awaited` tells of which checkpoints sandboxes are about to start."""
 
     def __init__(
         self,
         store: Store,
         checkpointing: Callable[[], Checkpointing | None],
         now_s: Callable[[], float],
+        awaited: Callable[[], Collection[str]] = tuple,
     ) -> None:
-        self._store, self._driver, self._now_s = store, checkpointing, now_s
+        self._store, self._driver, self._now_s, self._awaited = store, checkpointing, now_s, awaited
         self._known: dict[str, StoredCheckpoint] = {}
         self._open: dict[str, _Open] = {}
         self._locks: dict[str, asyncio.Lock] = {}
@@ -107,6 +108,7 @@ class Checkpoints:
             while True:
                 await asyncio.sleep(TEND_S)
                 self.tend()
+                await self.drop_ephemeral()
         finally:
             for opened in self._open.values():
                 opened.memory.close()
@@ -117,6 +119,14 @@ class Checkpoints:
         for key, opened in list(self._open.items()):
             if not opened.users and self._now_s() - opened.unused_since_s >= LINGER_S:
                 self._close(key)
+
+    async def drop_ephemeral(self) -> None:
+        """Removes forks' checkpoints that no sandbox is about to start from."""
+        awaited = self._awaited()
+        for known in self.all():
+            old = self._now_s() - known.about.created_at_s >= LINGER_S
+            if known.about.ephemeral and old and known.about.id not in awaited:
+                await self.remove(known.about.id)
 
     def _close(self, key: str) -> None:
         opened = self._open.pop(key, None)
@@ -137,9 +147,10 @@ class Checkpoints:
 
     # Making and removing.
 
-    async def make(self, key: str, name: str, spec: SandboxSpec, command: Command, taking: Taking) -> StoredCheckpoint:
-        """Takes a checkpoint and keeps it. Idempotent by `key`. CannotCheckpoint, CheckpointFailed, NotRunning;
+    async def make(self, wanted: Wanted, spec: SandboxSpec, command: Command, taking: Taking) -> StoredCheckpoint:
+        """Takes a checkpoint and keeps it. Idempotent by its id. CannotCheckpoint, CheckpointFailed, NotRunning;
         OutOfSpace of the store. Whatever fails, nothing of it stays."""
+        key, name = wanted.id, wanted.name
         async with self._locks.setdefault(key, asyncio.Lock()):
             if key in self._known:
                 return self._known[key]
@@ -150,8 +161,9 @@ class Checkpoints:
             taken = await taking(self._checkpointing())
             try:
                 about = CheckpointAbout(
-                    key, name, spec, command, layers, taken.form, taken.offsets, taken.pause_s, self._now_s()
-                )
+                    key, name, spec, command, layers, taken.form, taken.offsets, taken.pause_s, self._now_s(),
+                    wanted.image, wanted.ephemeral,
+                )  # fmt: skip
                 stored = await to_its_end(_in_thread(self._keep, about, taken))
             except BaseException:
                 taken.memory.close()
@@ -167,7 +179,7 @@ class Checkpoints:
             raise CannotCheckpoint(
                 f"the image of sandbox {spec.name} was removed: import it again ({error})"
             ) from error
-        return tuple(LayerName(layer.digest, layer.volume_uuid.hex()) for layer in image.layers)
+        return tuple(LayerName(layer.digest, layer.volume_uuid.hex(), layer.size_bytes) for layer in image.layers)
 
     def _keep(self, about: CheckpointAbout, taken: TakenCheckpoint) -> StoredObject:
         domain = domain_of(about.spec.tenant)

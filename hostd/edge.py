@@ -84,6 +84,7 @@ def parse_sandbox(sandbox: sandboxes_pb2.Sandbox) -> SandboxSpec:
         stop_grace_s=float(sandbox.stop_grace_s),
         remove_on_exit=spec.remove_on_exit,
         cold=spec.cold,
+        checkpoint=spec.checkpoint,
         sandbox_class=sandbox_class,
     )
 

@@ -12,7 +12,7 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from hostd.checkpoint import fitted, require_able
+from hostd.checkpoint import Wanted, fitted, require_able
 from hostd.checkpoints import StoredCheckpoint
 from hostd.drivers.contract import Checkpointing, Engine, ProcessLink, StartPlan, TakenCheckpoint
 from hostd.errors import CommandFailed, HostdError, NotRunning
@@ -95,8 +95,8 @@ class Sandbox:
         """That client is done."""
         self._sessions.remove(what)
 
-    async def checkpoint(self, key: str, name: str) -> StoredCheckpoint:
-        """Takes a checkpoint of it as it runs; it goes on. Idempotent by `key`. NotRunning, CannotCheckpoint with what
+    async def checkpoint(self, wanted: Wanted) -> StoredCheckpoint:
+        """Takes a checkpoint of it as it runs; it goes on. Idempotent by its id. NotRunning, CannotCheckpoint with what
         it has that cannot be carried, CheckpointFailed."""
         able = self._host.driver.checkpointing is not None
         require_able(self.spec, self.record.phase, self._sessions, able=able)
@@ -105,9 +105,9 @@ class Sandbox:
         async def taking(checkpointing: Checkpointing) -> TakenCheckpoint:
             return await checkpointing.checkpoint(live.engine, lambda: dict(self.log.offsets))
 
-        made = await self._host.checkpoints.make(key, name, self.spec, live.command, taking)
+        made = await self._host.checkpoints.make(wanted, self.spec, live.command, taking)
         size_mib, pause_s = made.size_bytes >> 20, made.about.pause_s
-        self.tell("Checkpointed", f"{name} ({key}): {size_mib} MiB, it stood still for {pause_s:.2f} s")
+        self.tell("Checkpointed", f"{wanted.name} ({wanted.id}): {size_mib} MiB, it stood still for {pause_s:.2f} s")
         return made
 
     def running(self) -> Live:

@@ -113,7 +113,7 @@ class Sandboxes:
         self._group: asyncio.TaskGroup | None = None
         self.ready = asyncio.Event()
         self.pools = Pools(self)
-        self.checkpoints: Checkpoints = Checkpoints(store, lambda: self.driver.checkpointing, now_s)
+        self.checkpoints: Checkpoints = Checkpoints(store, lambda: self.driver.checkpointing, now_s, self._awaited)
 
     async def run(self) -> None:
         """Takes over what the journal names (then `ready` is set), then owns every sandbox's task until cancelled."""
@@ -141,6 +141,11 @@ class Sandboxes:
         for folder in self.config.state_dir.glob(f"{IMPORT_PREFIX}*"):
             await asyncio.to_thread(remove_folder, folder)
         return records
+
+    def _awaited(self) -> set[str]:
+        """Checkpoints that sandboxes are about to go on from."""
+        beginning = (Phase.ASSIGNED, Phase.STARTING)
+        return {each.spec.checkpoint for each in self.all() if each.record.phase in beginning}
 
     def _release_members(self) -> None:
         """Unpins the images of pool members: those of a former hostd have ended, and claimed ones are sandboxes."""

@@ -29,7 +29,7 @@ import psutil
 
 from controlplane.api.channel import TlsFiles, connect, server_credentials, server_options
 from controlplane.api.errors import ControlPlaneError
-from controlplane.api.v1 import hosts_pb2, hosts_pb2_grpc
+from controlplane.api.v1 import checkpoints_pb2_grpc, hosts_pb2, hosts_pb2_grpc
 from guestagent.errors import AgentError
 from hostd import doctor
 from hostd.admission import GUEST_OVERHEAD_MIB, reserved_mib
@@ -42,6 +42,7 @@ from hostd.poolreports import render_report
 from hostd.register import Outbox, Registration
 from hostd.sandboxes import Happened, Sandboxes
 from hostd.service import Runtime
+from hostd.service_checkpoints import HostCheckpoints
 from sharedcache.errors import CacheError
 from sharedcache.store import Store
 
@@ -113,6 +114,9 @@ class Server:
         server = grpc.aio.server(interceptors=[OnlyControlPlane()], options=server_options())
         runtime = Runtime(self.sandboxes, self.config.host, registration.poke)
         hosts_pb2_grpc.add_HostRuntimeServicer_to_server(runtime, server)
+        checkpoints_pb2_grpc.add_HostCheckpointsServicer_to_server(
+            HostCheckpoints(self.sandboxes, self.config.host), server
+        )
         try:
             port = server.add_secure_port(self.config.listen, server_credentials(tls))
         except RuntimeError as error:

@@ -41,14 +41,14 @@ class Runtime(hosts_pb2_grpc.HostRuntimeServicer):
 
     async def Attach(self, request_iterator: streams.Inputs, context: Context) -> streams.Outputs:
         """See hosts.proto."""
-        async with _translated(context):
+        async with translated(context):
             start = await streams.start_of(request_iterator)
             async for output in _closing(streams.attach(self._sandboxes.find(start.name), start, request_iterator)):
                 yield output
 
     async def Exec(self, request_iterator: streams.Inputs, context: Context) -> streams.Outputs:
         """See hosts.proto."""
-        async with _translated(context):
+        async with translated(context):
             start = await streams.start_of(request_iterator)
             sandbox, now_ns = self._sandboxes.find(start.name), self._sandboxes.now_ns
             async for output in _closing(streams.execute(sandbox, start, request_iterator, now_ns)):
@@ -56,7 +56,7 @@ class Runtime(hosts_pb2_grpc.HostRuntimeServicer):
 
     async def Logs(self, request: sandboxes_pb2.GetLogsRequest, context: Context) -> streams.Outputs:
         """See hosts.proto."""
-        async with _translated(context):
+        async with translated(context):
             sandbox = self._sandboxes.find(request.name)
             log = streams.read_log(sandbox, follow=request.follow, tail_lines=request.tail_lines)
             async for output in _closing(log):
@@ -65,7 +65,7 @@ class Runtime(hosts_pb2_grpc.HostRuntimeServicer):
     async def Import(self, request_iterator: uploads.Chunks, context: Context) -> uploads.Responses:
         """See hosts.proto."""
         store, state_dir = self._sandboxes.store, self._sandboxes.config.state_dir
-        async with _translated(context):
+        async with translated(context):
             async for response in _closing(uploads.import_image(request_iterator, store, state_dir, self._host)):
                 yield response
             self._changed()
@@ -75,7 +75,7 @@ class Runtime(hosts_pb2_grpc.HostRuntimeServicer):
     ) -> hosts_pb2.ForgetImageResponse:
         """See hosts.proto."""
         store = self._sandboxes.store
-        async with _translated(context):
+        async with translated(context):
             await asyncio.to_thread(store.forget_image, domain_of(request.tenant), request.digest)
             await asyncio.to_thread(store.collect)
         self._changed()
@@ -85,7 +85,7 @@ class Runtime(hosts_pb2_grpc.HostRuntimeServicer):
         self, request: sandboxes_pb2.GetSharingLedgerRequest, context: Context
     ) -> sandboxes_pb2.SharingLedger:
         """See hosts.proto."""
-        async with _translated(context):
+        async with translated(context):
             measured, names = await self._measure()
             cached_bytes = await asyncio.to_thread(ledger.layer_cache_bytes, self._sandboxes.store)
         memory = psutil.virtual_memory()
@@ -123,7 +123,7 @@ class Runtime(hosts_pb2_grpc.HostRuntimeServicer):
 
 
 @contextlib.asynccontextmanager
-async def _translated(context: Context) -> AsyncIterator[None]:
+async def translated(context: Context) -> AsyncIterator[None]:
     """Errors that are expected leave as a status; others are bugs, which grpc reports and logs."""
     try:
         yield

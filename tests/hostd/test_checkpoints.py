@@ -11,7 +11,7 @@ import pytest
 
 from controlplane.api.v1 import sandboxes_pb2
 from hostd import streams
-from hostd.checkpoint import CheckpointAbout
+from hostd.checkpoint import CheckpointAbout, Wanted
 from hostd.checkpoints import LINGER_S, PIN_PREFIX, StoredCheckpoint
 from hostd.errors import (
     CannotCheckpoint,
@@ -44,7 +44,7 @@ async def running(host: Host, uid: str = "one", *argv: str, **changes: object) -
 
 
 async def made(host: Host, key: str = "c-1", name: str = "first") -> StoredCheckpoint:
-    return await (await running(host)).checkpoint(key, name)
+    return await (await running(host)).checkpoint(Wanted(key, name))
 
 
 def kinds(host: Host) -> list[ObjectKind]:
@@ -88,11 +88,13 @@ async def test_a_checkpoint_is_kept_pinned_and_told(host: Host) -> None:
 
 async def test_it_is_made_once_however_often_it_is_asked_for(host: Host) -> None:
     sandbox = await running(host)
-    first, again = await asyncio.gather(sandbox.checkpoint("c-1", "first"), sandbox.checkpoint("c-1", "first"))
+    first, again = await asyncio.gather(
+        sandbox.checkpoint(Wanted("c-1", "first")), sandbox.checkpoint(Wanted("c-1", "first"))
+    )
     assert first is again
     with pytest.raises(InvalidSpec, match="first already"):
-        await sandbox.checkpoint("c-2", "first")
-    await sandbox.checkpoint("c-2", "second")
+        await sandbox.checkpoint(Wanted("c-2", "first"))
+    await sandbox.checkpoint(Wanted("c-2", "second"))
     assert [each.about.name for each in host.sandboxes.checkpoints.all()] == ["first", "second"]
 
 
@@ -210,13 +212,29 @@ async def test_a_checkpoint_that_fails_leaves_nothing_and_the_sandbox_running(ho
     sandbox = await running(host)
     host.fake.faults.checkpoint = CheckpointFailed("no")
     with pytest.raises(CheckpointFailed):
-        await sandbox.checkpoint("c-1", "first")
+        await sandbox.checkpoint(Wanted("c-1", "first"))
     host.fake.faults.checkpoint = None
     host.store._min_free_bytes = 1 << 60  # the disk is full
     with pytest.raises(Exception, match="must stay free"):
-        await sandbox.checkpoint("c-1", "first")
+        await sandbox.checkpoint(Wanted("c-1", "first"))
     assert ObjectKind.CHECKPOINT not in kinds(host)
     assert sandbox.record.phase is Phase.RUNNING
+
+
+async def test_a_forks_checkpoint_goes_by_itself_once_its_forks_run(host: Host) -> None:
+    sandbox, checkpoints, now_s = await running(host), host.sandboxes.checkpoints, [1000.0]
+    checkpoints._now_s = lambda: now_s[0]
+    await sandbox.checkpoint(Wanted("c-1", "fork", ephemeral=True))
+    await sandbox.checkpoint(Wanted("c-2", "kept"))
+    host.fake.faults.boot_s = 0.2
+    fork = host.assign("two", checkpoint="c-1")
+    now_s[0] += LINGER_S
+    await checkpoints.drop_ephemeral()
+    assert len(checkpoints.all()) == 2  # somebody is about to start from it
+    await reach(fork, Phase.RUNNING)
+    await checkpoints.drop_ephemeral()
+    assert [each.about.name for each in checkpoints.all()] == ["kept"]
+    assert fork.record.phase is Phase.RUNNING
 
 
 # What is refused.
@@ -226,16 +244,16 @@ async def test_only_a_running_sandbox_has_one(host: Host) -> None:
     sandbox = host.assign("one", "true")
     await reach(sandbox, *ENDED)
     with pytest.raises(NotRunning, match="one is exited"):
-        await sandbox.checkpoint("c-1", "first")
+        await sandbox.checkpoint(Wanted("c-1", "first"))
 
 
 async def test_a_class_without_checkpoints_is_refused_with_those_that_have_them(host: Host) -> None:
     sandbox = await running(host, "one", "deaf", sandbox_class=SandboxClass.USER_KERNEL)
     with pytest.raises(InvalidSpec, match="user-kernel has no checkpoints; classes that have it: guest-kernel"):
-        await sandbox.checkpoint("c-1", "first")
+        await sandbox.checkpoint(Wanted("c-1", "first"))
     host.fake.checkpointing, kept = None, host.fake.checkpointing
     with pytest.raises(InvalidSpec, match="none on this host"):
-        await (await running(host, "two")).checkpoint("c-1", "first")
+        await (await running(host, "two")).checkpoint(Wanted("c-1", "first"))
     host.fake.checkpointing = kept
 
 
@@ -263,9 +281,9 @@ async def test_a_session_that_is_typed_into_is_refused_by_name(
         session = streams.execute(sandbox, sandboxes_pb2.StreamStart(exec=process), inputs(), lambda: 1)
     assert (await anext(session)).started
     with pytest.raises(CannotCheckpoint, match=words):
-        await sandbox.checkpoint("c-1", "first")
+        await sandbox.checkpoint(Wanted("c-1", "first"))
     await session.aclose()  # type: ignore[attr-defined]
-    await sandbox.checkpoint("c-1", "first")
+    await sandbox.checkpoint(Wanted("c-1", "first"))
 
 
 async def test_a_session_that_only_listens_is_carried_over(host: Host) -> None:
@@ -277,7 +295,7 @@ async def test_a_session_that_only_listens_is_carried_over(host: Host) -> None:
 
     session = streams.execute(sandbox, sandboxes_pb2.StreamStart(exec=process), inputs(), lambda: 1)
     await anext(session)
-    await sandbox.checkpoint("c-1", "first")
+    await sandbox.checkpoint(Wanted("c-1", "first"))
     await session.aclose()  # type: ignore[attr-defined]
 
 
@@ -302,7 +320,7 @@ async def test_what_a_copy_cannot_be_is_refused(host: Host, changes: dict[str, o
 async def test_a_bad_name_is_refused(host: Host, name: str) -> None:
     sandbox = await running(host)
     with pytest.raises(InvalidSpec, match="name"):
-        await sandbox.checkpoint("c-1", name)
+        await sandbox.checkpoint(Wanted("c-1", name))
 
 
 @pytest.mark.parametrize("data", [b"", b"{}", b'{"schema": 2}', b'{"schema": 1, "record": 3}'])

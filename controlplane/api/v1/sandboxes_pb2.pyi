@@ -262,6 +262,7 @@ class SandboxSpec(_message.Message):
     LABELS_FIELD_NUMBER: _builtins.int
     HOSTNAME_FIELD_NUMBER: _builtins.int
     COLD_FIELD_NUMBER: _builtins.int
+    CHECKPOINT_FIELD_NUMBER: _builtins.int
     image: _builtins.str
     """name as given; the server resolves image_digest"""
     image_digest: _builtins.str
@@ -271,6 +272,8 @@ class SandboxSpec(_message.Message):
     """empty: the sandbox's name"""
     cold: _builtins.bool
     """boot, even where a template could be cloned"""
+    checkpoint: _builtins.str
+    """output only: the id of the checkpoint that it goes on from"""
     @_builtins.property
     def resources(self) -> Global___Resources: ...
     @_builtins.property
@@ -288,10 +291,11 @@ class SandboxSpec(_message.Message):
         labels: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
         hostname: _builtins.str = ...,
         cold: _builtins.bool = ...,
+        checkpoint: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["process", b"process", "resources", b"resources"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["class", b"class", "cold", b"cold", "hostname", b"hostname", "image", b"image", "image_digest", b"image_digest", "labels", b"labels", "process", b"process", "remove_on_exit", b"remove_on_exit", "resources", b"resources"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["checkpoint", b"checkpoint", "class", b"class", "cold", b"cold", "hostname", b"hostname", "image", b"image", "image_digest", b"image_digest", "labels", b"labels", "process", b"process", "remove_on_exit", b"remove_on_exit", "resources", b"resources"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
