@@ -47,7 +47,7 @@ TEMPLATE_VM_UID = 199_999
 
 CLONES_A_CPU = 2
 """So many clones at once come up on each CPU; the others wait their turn. Coming up is all computing (QEMU's start,
-TCG's translations), so that more at once only makes all of them late: by turns the first of a herd are there at once."""
+TCG's translations): more at once only makes all of them late, while by turns the first of a herd are there at once."""
 
 
 @dataclass(frozen=True)
