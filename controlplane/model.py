@@ -93,6 +93,7 @@ class SandboxSpec:
     labels: tuple[tuple[str, str], ...] = ()
     hostname: str = ""
     cold: bool = False
+    checkpoint: str = ""  # the id of what it goes on from
 
 
 @dataclass(frozen=True)
@@ -197,6 +198,24 @@ class Residency:
     digest: str
     host: str
     recorded_at_s: float
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A running sandbox's copy, as the host that has it tells of it. `spec` is what a restored sandbox gets."""
+
+    id: str
+    name: str
+    tenant: str
+    host: str
+    sandbox: str
+    sandbox_uid: str
+    spec: SandboxSpec
+    layers: tuple[LayerSize, ...]
+    size_bytes: int
+    pause_s: float
+    created_at_s: float
+    ephemeral: bool = False
 
 
 @dataclass(frozen=True)

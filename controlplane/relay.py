@@ -20,7 +20,7 @@ from controlplane.api.calls import keep_status
 from controlplane.api.channel import TlsFiles, connect
 from controlplane.api.identity import host_server_name
 from controlplane.api.status import Condition, parse_error
-from controlplane.api.v1 import hosts_pb2_grpc
+from controlplane.api.v1 import checkpoints_pb2_grpc, hosts_pb2_grpc
 from controlplane.errors import OperationError, Relayed, Unavailable
 from controlplane.model import Host
 
@@ -66,6 +66,13 @@ class HostLinks:
 
     async def stub(self, host: Host) -> hosts_pb2_grpc.HostRuntimeAsyncStub:
         """The HostRuntime of a host, which must answer under that host's own name. Unavailable when it does not."""
+        return (await self._link(host)).stub
+
+    async def checkpoints(self, host: Host) -> checkpoints_pb2_grpc.HostCheckpointsAsyncStub:
+        """The HostCheckpoints of a host, likewise."""
+        return checkpoints_pb2_grpc.HostCheckpointsStub((await self._link(host)).channel)
+
+    async def _link(self, host: Host) -> _Link:
         link = self._links.get(host.name)
         if link is None or link.address != host.runtime_address:
             if link is not None:
@@ -79,7 +86,7 @@ class HostLinks:
         except TimeoutError as error:
             text = f"host {host.name} does not answer at {host.runtime_address}: is its sandloom-hostd running?"
             raise Unavailable("HostUnreachable", text, host=host.name) from error
-        return link.stub
+        return link
 
 
 async def _connected(channel: grpc.aio.Channel) -> None:

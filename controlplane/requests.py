@@ -18,6 +18,26 @@ class Creation:
 
 
 @dataclass(frozen=True)
+class Restoration:
+    """RestoreCheckpoint; `checkpoint` is a name or an id."""
+
+    checkpoint: str
+    name: str = ""
+    remove_on_exit: bool = False
+    request_id: str = ""
+
+
+@dataclass(frozen=True)
+class Forking:
+    """ForkSandbox: `count` copies of `sandbox`, named `prefix`-1 and so on."""
+
+    sandbox: str
+    count: int
+    prefix: str = ""
+    remove_on_exit: bool = False
+
+
+@dataclass(frozen=True)
 class PoolCreation:
     """CreatePool; an empty request_id is never looked up."""
 

@@ -16,7 +16,7 @@ from dataclasses import replace
 from controlplane import codec, keys, lifecycle, names, scheduler, transitions
 from controlplane.errors import AlreadyExists, Conflict, Exhausted, Invalid, NotFound, Precondition
 from controlplane.images import Images
-from controlplane.model import DesiredState, LayerSize, Phase, Sandbox, SandboxStatus
+from controlplane.model import Checkpoint, DesiredState, LayerSize, Phase, Sandbox, SandboxStatus
 from controlplane.quotas import Quota, require_within
 from controlplane.records import Records, Stored, stored_sandbox
 from controlplane.requests import Creation, ResizeWish, UsedRequest
@@ -90,20 +90,52 @@ class Sandboxes:
         placed, guards = self._place(sandbox)
         if asked.validate_only:
             return replace(placed, uid="")
-        key = keys.sandbox(tenant, name, sandbox.uid)
+        there = [Expect(keys.image(tenant, image.name), image.revision)]
+        return await self._record(placed, asked, [Expect(keys.name(tenant, name), guard), *there, *guards])
+
+    async def create_on(self, checkpoint: Checkpoint, asked: Creation) -> Sandbox:
+        """Records a sandbox that goes on from a checkpoint, which only the host that has it can do. As create()."""
+        async with self._placing:
+            for attempt in range(ATTEMPTS):
+                earlier = await self._created_before(checkpoint.tenant, asked)
+                if earlier is not None:
+                    return earlier
+                try:
+                    return await self._create_on_once(checkpoint, asked, attempt)
+                except Conflict:
+                    await self._catch_up()
+        raise Conflict("Busy", "too many changes at once: retry")
+
+    async def _create_on_once(self, checkpoint: Checkpoint, asked: Creation, attempt: int) -> Sandbox:
+        tenant, name = checkpoint.tenant, asked.name or names.made_up(secrets.randbelow, attempt)
+        guard = await self._free_name(tenant, name)
+        sandbox = Sandbox(
+            name=name,
+            uid=secrets.token_hex(8),
+            tenant=tenant,
+            spec=asked.spec,
+            created_at_s=self._now_s(),
+            vcpus=asked.spec.resources.vcpus,
+            layers=checkpoint.layers,
+        )
+        self._require_quota(sandbox)
+        placed, guards = self._place(sandbox, only=checkpoint.host)
+        return await self._record(placed, asked, [Expect(keys.name(tenant, name), guard), *guards])
+
+    async def _record(self, placed: Sandbox, asked: Creation, expect: list[Expect]) -> Sandbox:
+        tenant, key = placed.tenant, keys.sandbox(placed.tenant, placed.name, placed.uid)
         writes: list[Write] = [
             Put(key, codec.encode(placed)),
-            Put(keys.uid(sandbox.uid), key.encode()),
-            Put(keys.name(tenant, name), sandbox.uid.encode()),
-            Put(keys.image_use(tenant, image.digest), sandbox.uid.encode()),
+            Put(keys.uid(placed.uid), key.encode()),
+            Put(keys.name(tenant, placed.name), placed.uid.encode()),
+            Put(keys.image_use(tenant, placed.spec.image_digest), placed.uid.encode()),
             self._records.event(placed, *_told_placed(placed)),
         ]
-        expect = [Expect(keys.name(tenant, name), guard), Expect(keys.image(tenant, image.name), image.revision)]
         if asked.request_id:
             used = UsedRequest(key, _digest_of(asked), self._now_s())
             writes.append(Put(keys.request(tenant, asked.request_id), codec.encode(used)))
-            expect.append(Expect(keys.request(tenant, asked.request_id), 0))
-        revision = await self._commit_placed(placed, writes, [*expect, *guards])
+            expect = [*expect, Expect(keys.request(tenant, asked.request_id), 0)]
+        revision = await self._commit_placed(placed, writes, expect)
         return replace(placed, revision=revision)
 
     def _require_quota(self, sandbox: Sandbox) -> None:
@@ -129,10 +161,11 @@ class Sandboxes:
 
     # Placing.
 
-    def _place(self, sandbox: Sandbox) -> tuple[Sandbox, list[Expect]]:
-        """The sandbox as the present view places it, with the guards of that; PENDING when it may wait. Exhausted."""
+    def _place(self, sandbox: Sandbox, *, only: str = "") -> tuple[Sandbox, list[Expect]]:
+        """The sandbox as the present view places it, with the guards of that; PENDING when it may wait. Exhausted. On
+        host `only` or nowhere, when that is given: then it does not wait."""
         view = self._view
-        hosts = view.survey()
+        hosts = [host for host in view.survey() if only in ("", host.name)]
         demand = scheduler.Demand.of(sandbox)
         decision = scheduler.place(demand, hosts)
         if decision.placement is not None:
@@ -141,7 +174,7 @@ class Sandboxes:
             pool = decision.placement.pool
             why = f"it has a ready member of pool {pool}" if pool else ""
             return transitions.scheduled(sandbox, host, max(view.revision, sandbox.epoch + 1), why=why), [guard]
-        if decision.may_wait:
+        if decision.may_wait and not only:
             why = scheduler.summary(decision.refusals) or "no host has registered yet"
             return replace(sandbox, status=SandboxStatus(reason="NoHost", message=f"waiting for a host: {why}")), []
         room = max((host.room_mib for host in hosts if host.ready), default=0)

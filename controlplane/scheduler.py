@@ -43,7 +43,7 @@ class Demand:
         sizes = spec.resources
         return Demand(
             sandbox.tenant, spec.sandbox_class, sizes.memory_min_mib, sizes.cpu_milli, spec.image_digest,
-            sandbox.layers, sizes.memory_max_mib, sizes.vcpus, spec.cold,
+            sandbox.layers, sizes.memory_max_mib, sizes.vcpus, spec.cold or bool(spec.checkpoint),
         )  # fmt: skip
 
 

@@ -26,6 +26,8 @@ from grpc_reflection.v1alpha import reflection
 
 from controlplane.api.channel import server_credentials, server_options
 from controlplane.api.v1 import (
+    checkpoints_pb2,
+    checkpoints_pb2_grpc,
     hosts_pb2,
     hosts_pb2_grpc,
     images_pb2,
@@ -35,6 +37,7 @@ from controlplane.api.v1 import (
     sandboxes_pb2,
     sandboxes_pb2_grpc,
 )
+from controlplane.checkpoints import Checkpoints
 from controlplane.config import Config, load
 from controlplane.errors import ConfigError, ControlPlaneError
 from controlplane.events import EventLog
@@ -48,6 +51,7 @@ from controlplane.registry import Registry
 from controlplane.relay import HostLinks
 from controlplane.reports import Reports
 from controlplane.sandboxes import Sandboxes
+from controlplane.service_checkpoints import CheckpointsService
 from controlplane.service_hosts import HostsService, HostSyncService
 from controlplane.service_images import ImagesService
 from controlplane.service_pools import PoolsService
@@ -67,6 +71,7 @@ SERVICES = (
     hosts_pb2.DESCRIPTOR.services_by_name["Hosts"].full_name,
     hosts_pb2.DESCRIPTOR.services_by_name["HostSync"].full_name,
     pools_pb2.DESCRIPTOR.services_by_name["Pools"].full_name,
+    checkpoints_pb2.DESCRIPTOR.services_by_name["Checkpoints"].full_name,
 )
 
 
@@ -89,6 +94,7 @@ class ControlPlane:
             lost_grace_s=config.lost_grace_s, history_s=config.history_s,
         )  # fmt: skip
         self.locator = Locator(self.records, self.view)
+        self.checkpoints = Checkpoints(self.sandboxes, self.locator, self.view, links)
         self.health = aio_health.HealthServicer()
 
     def add_to(self, server: grpc.aio.Server) -> None:
@@ -105,6 +111,7 @@ class ControlPlane:
             HostSyncService(self.gate, self.view, self.registry, self.reports, self.event_log),
             server,
         )
+        checkpoints_pb2_grpc.add_CheckpointsServicer_to_server(CheckpointsService(self.gate, self.checkpoints), server)
         pools_pb2_grpc.add_PoolsServicer_to_server(PoolsService(self.gate, self.store, self.pools), server)
         health_pb2_grpc.add_HealthServicer_to_server(self.health, server)
         reflection.enable_server_reflection((*SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME), server)

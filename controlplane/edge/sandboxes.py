@@ -230,6 +230,7 @@ def render_spec(spec: SandboxSpec) -> sandboxes_pb2.SandboxSpec:
         cold=spec.cold,
         labels=dict(spec.labels),
         hostname=spec.hostname,
+        checkpoint=spec.checkpoint,
     )
     setattr(message, "class", CLASSES[spec.sandbox_class])
     return message
