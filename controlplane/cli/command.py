@@ -61,8 +61,9 @@ class Shell:
         return asyncio.run(connected())
 
 
-OPERANDS = ("", "live", "sandbox", "image", "pool", "file")
-"""What a command's words name, for completion: nothing, running sandboxes, all sandboxes, images, pools, files."""
+OPERANDS = ("", "live", "sandbox", "image", "pool", "checkpoint", "file")
+"""What a command's words name, for completion: nothing, running sandboxes, all sandboxes, images, pools, checkpoints,
+files."""
 
 
 @dataclass(frozen=True)

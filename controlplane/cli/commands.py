@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from controlplane.cli import (
     attach,
+    checkpoints,
     completion,
     dev,
     doctor,
@@ -42,6 +43,11 @@ ALL: tuple[AnyCommand, ...] = (
     sandboxes.PS,
     sandboxes.INSPECT,
     resize.COMMAND,
+    checkpoints.TAKE,
+    checkpoints.LS,
+    checkpoints.RM,
+    checkpoints.RESTORE,
+    checkpoints.FORK,
     sandboxes.STOP,
     sandboxes.RM,
     sandboxes.WAIT,

@@ -15,7 +15,7 @@ from controlplane.cli.parser import GLOBALS_WITH_VALUE, Table, build
 
 SHELLS = ("bash", "zsh")
 FILE_METAVARS = ("FILE", "DIR", "PATH")
-ASK = {"live": "ps", "sandbox": "ps -a", "image": "image ls", "pool": "pool ls"}
+ASK = {"live": "ps", "sandbox": "ps -a", "image": "image ls", "pool": "pool ls", "checkpoint": "checkpoint ls"}
 
 SCRIPT = r"""# completion of sandloom for bash; load it with: source <(sandloom completion bash)
 _sandloom_files() {
@@ -100,7 +100,7 @@ def script(table: Table, shell: str) -> str:
     cases = [_case("", (), " ".join(nouns))]
     values: dict[str, list[str]] = {}
     for noun, verbs in groups.items():
-        if verbs:
+        if verbs and (noun,) not in table:
             cases.append(_case(noun, (), " ".join(verbs)))
     for words, command in table.items():
         found = option_words(command)

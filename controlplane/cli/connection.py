@@ -15,7 +15,13 @@ import grpc.aio
 from controlplane.api.calls import keep_status
 from controlplane.api.channel import TlsFiles, connect
 from controlplane.api.status import DETAILS_TRAILER, Condition, Failure, parse_error
-from controlplane.api.v1 import hosts_pb2_grpc, images_pb2_grpc, pools_pb2_grpc, sandboxes_pb2_grpc
+from controlplane.api.v1 import (
+    checkpoints_pb2_grpc,
+    hosts_pb2_grpc,
+    images_pb2_grpc,
+    pools_pb2_grpc,
+    sandboxes_pb2_grpc,
+)
 from controlplane.cli.errors import CallFailed, CliError, Unreachable
 from controlplane.cli.home import Context, Home, load_context
 
@@ -56,6 +62,7 @@ class Fabric:
     images: images_pb2_grpc.ImagesAsyncStub
     hosts: hosts_pb2_grpc.HostsAsyncStub
     pools: pools_pb2_grpc.PoolsAsyncStub
+    checkpoints: checkpoints_pb2_grpc.CheckpointsAsyncStub
 
 
 def resolve(target: Target) -> Context:
@@ -89,6 +96,7 @@ async def open_fabric(target: Target) -> AsyncIterator[Fabric]:
             images_pb2_grpc.ImagesStub(channel),
             hosts_pb2_grpc.HostsStub(channel),
             pools_pb2_grpc.PoolsStub(channel),
+            checkpoints_pb2_grpc.CheckpointsStub(channel),
         )
 
 

@@ -71,7 +71,9 @@ class _Parser(argparse.ArgumentParser):
 
 
 def words_of(argv: Sequence[str], table: Table) -> tuple[str, ...]:
-    """The words of the command meant. HelpWanted without any; UsageError suggests the nearest to a wrong one."""
+    """The words of the command meant. HelpWanted without any; UsageError suggests the nearest to a wrong one.
+
+    A noun with verbs may be a command itself: then it is meant when the next word is none of its verbs."""
     found: list[str] = []
     names = iter(argv)
     for word in names:
@@ -81,12 +83,17 @@ def words_of(argv: Sequence[str], table: Table) -> tuple[str, ...]:
             break
         elif not word.startswith("-"):
             found.append(word)
-            if tuple(found) in table:
+            longer = [key for key in table if key[: len(found)] == tuple(found) and len(key) > len(found)]
+            if tuple(found) in table and not longer:
                 return tuple(found)
-            if not any(key[: len(found)] == tuple(found) for key in table):
+            if tuple(found) not in table and not longer:
+                if tuple(found[:-1]) in table:
+                    return tuple(found[:-1])
                 raise _unknown(found, table)
-        elif word.partition("=")[0] not in GLOBALS:
+        elif word.partition("=")[0] not in GLOBALS and tuple(found) not in table:
             raise UsageError("unknown option", word, f"`{PROGRAM} --help` lists the commands and options")
+    if tuple(found) in table:
+        return tuple(found)
     raise HelpWanted(overview(table, tuple(found)))
 
 
