@@ -39,6 +39,7 @@ from guestagent.misbehaviour import Misbehaviour, spoil
 from guestagent.script import (
     DEFAULT_STATS,
     OUTPUT_BYTES,
+    REHEARSAL,
     SIGNAL_EXIT_CODE,
     WINDOW_BYTES,
     Script,
@@ -250,11 +251,11 @@ class FakeAgent:
 
     def _start(self, body: object) -> int:
         start = decode_start(body)
-        if self.configured is None:
+        if self.configured is None and self.prepared is None:
             raise OSError(errno.EAGAIN, "not configured yet")
         if start.proc in self._procs:
             raise OSError(errno.EEXIST, f"process {start.proc} exists")
-        script = self._scripts(start)
+        script = REHEARSAL if self.configured is None else self._scripts(start)
         if script.refuse:
             raise OSError(script.refuse, script.message)
         pid = 100 + len(self._procs)

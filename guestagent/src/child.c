@@ -192,6 +192,13 @@ static _Noreturn void run(char **argv, char **env) {
     fail(worst, worst == ENOENT ? "not found in PATH: " : "", name, strlen(name));
 }
 
+/* All that a START needs has run once when this has, but for the program of the image. */
+static _Noreturn void rehearse(char **env) {
+    char *argv[] = {"sandloom-agent", "--rehearsal", NULL};
+    execve("/proc/self/exe", argv, env);
+    fail(errno, "rehearsal", "", 0);
+}
+
 static void standard_limits(void) {
     struct rlimit files = {OPEN_FILES_SOFT, OPEN_FILES_HARD};
     setrlimit(RLIMIT_NOFILE, &files); /* as it was, where that is not allowed */
@@ -242,6 +249,9 @@ _Noreturn void child_run(const struct child *child) {
         text_add(&why, strerrordesc_np(errno));
         text_add(&why, ") ");
         fail(EINVAL, why.data, cwd, strlen(cwd));
+    }
+    if (child->rehearsal) {
+        rehearse(env);
     }
     run(argv, env);
 }

@@ -19,6 +19,7 @@ struct child {
     int mnt_fd, ipc_fd; /* the workload's namespaces */
     int in, out, err;   /* what become 0, 1 and 2; with a terminal all the same */
     int status;
+    bool rehearsal; /* there is no identity yet: our own program runs in place of the workload's */
 };
 
 _Noreturn void child_run(const struct child *child);

@@ -81,6 +81,7 @@ static int fork_child(struct agent *agent, const struct start *start, struct end
         .out = ends->out[1],
         .err = ends->err[1],
         .status = ends->status[1],
+        .rehearsal = !agent->configured,
     };
     *pid = freezer_fork(agent);
     if (*pid == 0) {
@@ -93,7 +94,7 @@ int proc_start(struct agent *agent, const struct message *message) {
     const struct start *start = &message->of.start;
     struct ends ends;
     memset(&ends, -1, sizeof(ends));
-    if (!agent->configured) {
+    if (!agent->configured && !agent->prepared) {
         return because(agent, EAGAIN, "CONFIGURE comes first", "");
     }
     if (agent->shutdown != SHUTDOWN_NONE || agent->world.init == 0 || agent->world.ended) {

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from guestagent.errors import GuestRefused
-from guestagent.messages import OutputEnded, StartProcess, Stream
+from guestagent.messages import OutputEnded, Prepare, StartProcess, Stream
 from tests.guestagent.realagent import CONFIGURE, PATH, Link, RealAgent
 
 DOCKER_LIKE = {0, 1, 3, 4, 5, 6, 7, 8, 10, 13, 18, 29, 31}  # linux/capability.h; 27 (MKNOD), 21 (SYS_ADMIN) … not
@@ -33,6 +33,20 @@ def test_hello_tells_the_boot_and_no_processes(agent: RealAgent) -> None:
 
 def test_nothing_starts_before_configure(agent: RealAgent) -> None:
     assert refusal(agent.connect(), 1, b"true").errno == errno.EAGAIN
+
+
+def test_a_prepared_guest_rehearses_a_start_and_runs_nothing_of_the_image(agent: RealAgent) -> None:
+    link = agent.connect()
+    link.ask(link.session.prepare(Prepare(CONFIGURE.layers, 5000)))
+    for proc in (2, 3):
+        link.ask(link.session.start(StartProcess(proc, (b"no-such-program",), env=(PATH,))))
+        assert link.exited(proc) == (0, 0)
+        assert link.out(proc) == b"r"
+        link.ask(link.session.forget(proc))
+    link.ask(link.session.configure(CONFIGURE))
+    link.shell(4, "echo now")
+    assert link.exited(4) == (0, 0)
+    assert link.out(4) == b"now\n"
 
 
 def test_a_second_configure_is_refused(link: Link) -> None:

@@ -15,6 +15,7 @@ from guestagent.messages import (
     Kind,
     Output,
     OutputEnded,
+    Prepare,
     ReplyReceived,
     StartProcess,
     StdinAcked,
@@ -93,6 +94,15 @@ def test_refusals() -> None:
     refused = reply(link, link.session.forget(1)).refused
     assert isinstance(refused, GuestRefused)
     assert refused.errno == errno.EBUSY
+
+
+def test_a_start_before_configure_is_a_rehearsal_in_a_prepared_guest() -> None:
+    link = Link.connect(FakeAgent())
+    assert reply(link, link.session.prepare(Prepare(CONFIGURE.layers, 1000))).refused is None
+    link.send(link.session.start(StartProcess(2, (b"nope",)))[1])
+    link.send(link.session.ack(2, Stream.STDOUT, 0))
+    assert output_of(link) == b"r"
+    assert link.events[-1] == Exited(2, 0, 0, False)
 
 
 def test_output_waits_for_the_window() -> None:

@@ -2,14 +2,16 @@
 
 A member is a clone whose agent answered, whose image is mounted (in its template, or here by PREPARE) and whose memory
 is plugged. It is rehearsed before it is paused, because the first run of anything after a restore is slow: TCG has no
-translation of it yet, and each page of the template that is written is copied. A rehearsal runs the agent's way to a
-START up to the exec, which the agent refuses of a guest without identity: nothing of the tenant runs before CONFIGURE.
-What a claim has left to do is: limits, `cont`, CONFIGURE (fresh randomness, clock, names), memory.
+translation of it yet, and each page of the template that is written is copied. A rehearsal is a START in which the
+agent runs a program of its own in place of the command: nothing of the tenant may run before CONFIGURE. What a claim
+has left to do is: limits, `cont`, CONFIGURE (fresh randomness, clock, names), memory; and the command itself, whose
+code (the image's loader, its libraries) is the one thing that cannot be warmed.
 """
 
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections.abc import Awaitable, Callable
 from contextlib import AsyncExitStack
@@ -32,10 +34,12 @@ from hostd.regions import regions_of
 from hostd.spec import BLOCK_MIB, MemoryShape
 from hostd.tasks import to_its_end
 
+log = logging.getLogger("sandloom.hostd.warming")
+
 REHEARSALS = 3
 PLUG_DEADLINE_S, PLUG_POLL_S = 10.0, 0.02
 REHEARSED = StartProcess(
-    proc=2, argv=(b"/.sandloom-rehearsal",), env=(), cwd=b"/", user=b"", tty=False, rows=24, cols=80, stdin=False
+    proc=2, argv=(b"rehearsal",), env=(), cwd=b"/", user=b"", tty=False, rows=24, cols=80, stdin=False
 )
 
 Phases = tuple[tuple[str, float], ...]
@@ -166,8 +170,13 @@ class QemuWarming:
 
 
 async def _rehearse(link: AgentLink) -> None:
+    """A START as the claim's will be: the agent puts a program of its own in the command's place (PROTOCOL.md)."""
     try:
-        await link.spawn(REHEARSED)
-    except CommandFailed:
+        process = await link.spawn(replace(REHEARSED, proc=link.new_proc()))
+    except CommandFailed as error:
+        log.warning("a guest is not rehearsed, its claim will be slower: %s", error)
         return
-    raise StartFailed("the agent ran a program in a guest without identity", reason="AgentBroken")
+    async for _ in process.output():
+        pass
+    await process.wait()
+    await process.release()
