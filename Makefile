@@ -8,7 +8,7 @@ PROTOS := $(wildcard controlplane/api/v1/*.proto)
 C_FILES := $(shell git ls-files '*.c' '*.h' 2>/dev/null)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-quick soak-unique lint bench bench-sharing bench-start bench-clone bench-erofs bench-balloon-host bench-classes proto clean
+.PHONY: help setup demo test test-quick soak-unique lint bench bench-sharing bench-start bench-clone bench-erofs bench-balloon-host bench-classes bench-pool proto clean
 
 help: ## show this help
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -40,7 +40,7 @@ lint: setup ## ruff, strict mypy, clang-format
 	$(BIN)/mypy
 	clang-format --dry-run --Werror $(C_FILES)
 
-bench: bench-erofs bench-sharing bench-start bench-clone bench-balloon-host bench-classes ## every benchmark: a table and a JSON line each
+bench: bench-erofs bench-sharing bench-start bench-clone bench-balloon-host bench-classes bench-pool ## every benchmark: a table and a JSON line each
 
 bench-erofs: setup ## layer conversion against tar -x and mkfs.erofs
 	$(BIN)/python -m tests.bench.bench_erofs
@@ -59,6 +59,9 @@ bench-balloon-host: setup ## punching a recorded list of frames: coalesced again
 
 bench-classes: setup ## user-kernel and host-kernel sandboxes against bare runsc and crun; 50 of one image in memory
 	$(BIN)/python -m tests.bench.bench_classes
+
+bench-pool: setup ## a warm pool's claim against a clone, to the first byte of a command, with the account of it
+	$(BIN)/python -m tests.bench.bench_pool
 
 proto: setup ## generate the API's Python from the protos
 	$(BIN)/python -m grpc_tools.protoc -I. --plugin=protoc-gen-mypy=$(BIN)/protoc-gen-mypy \
