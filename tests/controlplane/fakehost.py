@@ -14,7 +14,8 @@ import grpc
 import grpc.aio
 
 from controlplane.api.channel import TlsFiles, connect, server_credentials
-from controlplane.api.v1 import hosts_pb2, hosts_pb2_grpc, images_pb2, sandboxes_pb2
+from controlplane.api.v1 import checkpoints_pb2_grpc, hosts_pb2, hosts_pb2_grpc, images_pb2, sandboxes_pb2
+from tests.controlplane.fakecheckpoints import FakeHostCheckpoints
 
 Inputs = AsyncIterator[sandboxes_pb2.StreamInput]
 Outputs = AsyncIterator[sandboxes_pb2.StreamOutput]
@@ -60,6 +61,7 @@ class FakeHost(hosts_pb2_grpc.HostRuntimeServicer):
         self.imports: list[tuple[images_pb2.ImportImageRequest.Start, int]] = []
         self.logs_asked: list[sandboxes_pb2.GetLogsRequest] = []
         self.ledger = sandboxes_pb2.SharingLedger()
+        self.checkpoints = FakeHostCheckpoints()
         self.memory_mib = 8192
         self.sync: hosts_pb2_grpc.HostSyncAsyncStub
         self.assigned: dict[str, sandboxes_pb2.Sandbox] = {}
@@ -162,6 +164,7 @@ async def fake_host(name: str, controlplane: str, tls: TlsFiles, *, port: int = 
     host = FakeHost(name)
     server = grpc.aio.server(options=[("grpc.so_reuseport", 0)])
     hosts_pb2_grpc.add_HostRuntimeServicer_to_server(host, server)
+    checkpoints_pb2_grpc.add_HostCheckpointsServicer_to_server(host.checkpoints, server)
     port = server.add_secure_port(f"127.0.0.1:{port}", server_credentials(tls))
     host.address = f"127.0.0.1:{port}"
     await server.start()

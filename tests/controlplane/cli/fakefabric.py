@@ -21,6 +21,7 @@ from controlplane.api.channel import TlsFiles, server_credentials, server_option
 from controlplane.api.identity import Identity, Role
 from controlplane.api.status import DETAILS_TRAILER, Condition, Failure, to_status
 from controlplane.api.v1 import (
+    checkpoints_pb2_grpc,
     hosts_pb2,
     hosts_pb2_grpc,
     images_pb2,
@@ -30,6 +31,7 @@ from controlplane.api.v1 import (
     sandboxes_pb2_grpc,
 )
 from controlplane.ca import Authority
+from tests.controlplane.cli.fakecheckpoints import FakeCheckpoints
 from tests.controlplane.cli.fakepools import FakePools
 
 Output = sandboxes_pb2.StreamOutput
@@ -115,6 +117,7 @@ class FakeFabric(
 
     def __init__(self) -> None:
         super().__init__()
+        self.checkpoints = FakeCheckpoints(self)
         self.programs: dict[str, Program] = {}
         self.sandboxes: dict[str, sandboxes_pb2.Sandbox] = {}
         self.processes: dict[str, FakeProcess] = {}
@@ -146,6 +149,7 @@ class FakeFabric(
         hosts_pb2_grpc.add_HostsServicer_to_server(self, server)
         hosts_pb2_grpc.add_HostSyncServicer_to_server(self, server)
         pools_pb2_grpc.add_PoolsServicer_to_server(self, server)
+        checkpoints_pb2_grpc.add_CheckpointsServicer_to_server(self.checkpoints, server)
         port = server.add_secure_port(listen, server_credentials(tls))
         server.start()
         self._server = server
