@@ -176,6 +176,7 @@ void world_leave(struct agent *agent); /* at the end, on a build machine */
 int identity_kernel(struct agent *agent, const struct configure *configure);
 int identity_files(struct agent *agent); /* in PREPARE: with nobody's names in them */
 int loopback_up(void);
+#define BOOT_ID_FILE "/u/boot-id"
 
 /* freezer.c */
 void freezer_open(struct agent *agent);

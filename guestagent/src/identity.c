@@ -6,6 +6,7 @@
 #include <linux/random.h>
 #include <string.h>
 #include <sys/ioctl.h>
+#include <sys/random.h>
 #include <sys/socket.h>
 #include <sys/stat.h>
 #include <sys/syscall.h>
@@ -117,14 +118,45 @@ static int write_all(struct agent *agent, int etc) {
     return absent ? write_file(agent, etc, "resolv.conf", "# this sandbox has no resolver\n", 0644) : 0;
 }
 
+/* The kernel's own boot id is the template's, the same in all its clones: world.c mounts this file over it.
+ * Written in place, for a mount shows the file that it was made of. */
+static int write_boot_id(struct agent *agent) {
+    static const uint8_t PARTS[] = {4, 2, 2, 2, 6};
+    uint8_t id[16], *at = id;
+    char buffer[64];
+    struct text text;
+    text_init(&text, buffer, sizeof(buffer));
+    if (getrandom(id, sizeof(id), 0) != (ssize_t)sizeof(id)) {
+        return because(agent, EIO, "boot id", "");
+    }
+    id[6] = (uint8_t)((id[6] & 0x0f) | 0x40); /* RFC 4122: version 4, its variant */
+    id[8] = (uint8_t)((id[8] & 0x3f) | 0x80);
+    for (unsigned i = 0; i < sizeof(PARTS); at += PARTS[i++]) {
+        text_add(&text, i > 0 ? "-" : "");
+        text_add_hex(&text, at, PARTS[i]);
+    }
+    text_add(&text, "\n");
+    int fd = open(BOOT_ID_FILE, O_WRONLY | O_CREAT | O_TRUNC | O_NOFOLLOW | O_CLOEXEC, 0444);
+    errno = fd < 0 ? errno : ENOSPC;
+    int error = fd >= 0 && write(fd, text.data, text.length) == (ssize_t)text.length ? 0 : errno;
+    if (fd >= 0) {
+        close(fd);
+    }
+    return error ? because(agent, error, "boot id", "") : 0;
+}
+
 int identity_files(struct agent *agent) {
+    int error = write_boot_id(agent);
+    if (error) {
+        return error;
+    }
     int root = open(agent->root, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
     if (root < 0) {
         return because(agent, errno, agent->root, "");
     }
     mkdirat(root, "etc", 0755); /* where the image has none; a failure shows at once below */
     int etc = open_inside(root, "etc");
-    int error = etc < 0 ? because(agent, errno, "the image's /etc", "") : write_all(agent, etc);
+    error = etc < 0 ? because(agent, errno, "the image's /etc", "") : write_all(agent, etc);
     if (etc >= 0) {
         close(etc);
     }

@@ -128,8 +128,20 @@ static void cover(void) {
     }
 }
 
+/* A mount of the file with the boot id, in no namespace yet: the agent's paths are soon out of reach. */
+static int boot_id_tree(void) {
+    struct mount_attr attributes = {.attr_set = MOUNT_ATTR_RDONLY | MOUNT_ATTR_NOSUID | MOUNT_ATTR_NODEV |
+                                                MOUNT_ATTR_NOEXEC};
+    int tree = open_tree(AT_FDCWD, BOOT_ID_FILE, OPEN_TREE_CLONE | OPEN_TREE_CLOEXEC);
+    must(tree, BOOT_ID_FILE);
+    must(mount_setattr(tree, "", AT_EMPTY_PATH, &attributes, sizeof(attributes)), BOOT_ID_FILE);
+    return tree;
+}
+
 static void furnish(const struct agent *agent) {
     const unsigned long flags = MS_NOSUID | MS_NODEV | MS_NOEXEC;
+    int boot_id =
+        agent->in_guest ? boot_id_tree() : -1; /* without a kernel of its own it has no boot of its own */
     umask(0);
     enter_root(agent);
     make_folder("/proc", 0555);
@@ -138,6 +150,10 @@ static void furnish(const struct agent *agent) {
     must(mount("sysfs", "/sys", "sysfs", flags | MS_RDONLY, NULL), "/sys");
     mount_devices(agent->pending.upper_mib);
     cover();
+    if (boot_id >= 0) {
+        must(move_mount(boot_id, "", AT_FDCWD, "/proc/sys/kernel/random/boot_id", MOVE_MOUNT_F_EMPTY_PATH),
+             "boot id");
+    }
 }
 
 /* PID 1 of the workload. With SIGCHLD ignored the kernel reaps for it; nothing else is ever asked of it. */
