@@ -34,7 +34,7 @@ class Demand:
     layers: tuple[LayerSize, ...]
     memory_max_mib: int = 0
     vcpus: int = 1
-    cold: bool = False  # no template and no pool is wanted
+    cold: bool = False  # it boots, or goes on from a checkpoint: no pool is of any use to it
 
     @staticmethod
     def of(sandbox: Sandbox) -> Demand:

@@ -63,6 +63,7 @@ def fits(pool: PoolSpec, spec: SandboxSpec) -> bool:
     """Whether a member of `pool` can become the sandbox `spec`."""
     return (
         not spec.cold
+        and not spec.checkpoint
         and spec.sandbox_class is SandboxClass.GUEST_KERNEL
         and (pool.tenant, pool.image_digest) == (spec.tenant, spec.image_digest)
         and pool.resources.vcpus == spec.resources.vcpus

@@ -84,11 +84,12 @@ async def test_a_claim_takes_over_uid_directory_and_cgroup_and_the_pool_fills_up
     "changes",
     [
         {"cold": True},
+        {"checkpoint": "c1"},
         {"tenant": "other"},
         {"resources": Resources(256, 1024, 256, 2000)},
         {"resources": Resources(256, 2048, 256, 1000)},
     ],
-    ids=["cold", "tenant", "vcpus", "ceiling"],
+    ids=["cold", "checkpoint", "tenant", "vcpus", "ceiling"],
 )
 async def test_what_does_not_fit_claims_nothing(host: Host, changes: dict[str, object]) -> None:
     await filled(host)

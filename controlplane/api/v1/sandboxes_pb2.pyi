@@ -368,7 +368,7 @@ class StartPhase(_message.Message):
     NAME_FIELD_NUMBER: _builtins.int
     SECONDS_FIELD_NUMBER: _builtins.int
     name: _builtins.str
-    """vmm, kernel, agent, workload; of a clone vmm, restore, answer, agent, workload"""
+    """vmm, kernel, agent, workload; of a clone vmm, restore, answer, agent, workload; of a warm claim resume, agent, workload"""
     seconds: _builtins.float
     def __init__(
         self,
@@ -413,7 +413,7 @@ class SandboxStatus(_message.Message):
     accel: _builtins.str
     """kvm or tcg"""
     origin: _builtins.str
-    """how it came up: a cold boot and why, or a clone of which template"""
+    """how it came up: a cold boot and why, a clone of which template, or a claim from which pool"""
     host_pid: _builtins.int
     """of the VMM or sentry, for operators"""
     observed_epoch: _builtins.int
