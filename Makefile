@@ -8,7 +8,7 @@ PROTOS := $(wildcard controlplane/api/v1/*.proto)
 C_FILES := $(shell git ls-files '*.c' '*.h' 2>/dev/null)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-quick soak-unique lint bench bench-sharing bench-start bench-clone bench-erofs bench-balloon-host bench-classes bench-pool proto clean
+.PHONY: help setup demo test test-quick soak-unique lint bench bench-sharing bench-start bench-clone bench-erofs bench-balloon-host bench-classes bench-pool bench-fork proto clean
 
 help: ## show this help
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -40,7 +40,7 @@ lint: setup ## ruff, strict mypy, clang-format
 	$(BIN)/mypy
 	clang-format --dry-run --Werror $(C_FILES)
 
-bench: bench-erofs bench-sharing bench-start bench-clone bench-balloon-host bench-classes bench-pool ## every benchmark: a table and a JSON line each
+bench: bench-erofs bench-sharing bench-start bench-clone bench-balloon-host bench-classes bench-pool bench-fork ## every benchmark: a table and a JSON line each
 
 bench-erofs: setup ## layer conversion against tar -x and mkfs.erofs
 	$(BIN)/python -m tests.bench.bench_erofs
@@ -62,6 +62,9 @@ bench-classes: setup ## user-kernel and host-kernel sandboxes against bare runsc
 
 bench-pool: setup ## a warm pool's claim against a clone, to the first byte of a command, with the account of it
 	$(BIN)/python -m tests.bench.bench_pool
+
+bench-fork: setup ## 20 forks of a sandbox with 512 MiB in use: memory, and the first one against QEMU's ordinary restore
+	$(BIN)/python -m tests.bench.bench_fork
 
 proto: setup ## generate the API's Python from the protos
 	$(BIN)/python -m grpc_tools.protoc -I. --plugin=protoc-gen-mypy=$(BIN)/protoc-gen-mypy \

@@ -27,11 +27,11 @@ from tests.bench.guests import BOOT_DEADLINE_S, Bench, run
 
 RAM_MIB = 1792
 IN_USE_MIB = 1024
-FILL = f"""
-import os
+FILL = """
+import os, sys
 piece = os.urandom(1 << 20)
 with open('/dev/shm/used', 'wb', buffering=0) as used:
-    for number in range({IN_USE_MIB}):
+    for number in range(int(sys.argv[1])):
         used.write(number.to_bytes(8, 'big') + piece[8:])
 """
 
@@ -45,6 +45,7 @@ class Restores:
     plan: StartPlan
     shape: GuestShape
     ram_fd: int
+    in_use_mib: int = IN_USE_MIB
     state_fd: int = -1
     stream_fd: int = -1
 
@@ -81,7 +82,7 @@ class Restores:
 
     async def _launch(self, shape: GuestShape, stack: AsyncExitStack, inherit: tuple[int, ...]) -> tuple[Handle, Vmm]:
         gids = tuple({self.host.kernel.gid, *(layer.gid for layer in shape.layers)})
-        limits = Limits((RAM_MIB * 2 + 512) << 20, 1000, 256)
+        limits = Limits((shape.memory.base_mib * 2 + 512) << 20, 1000, 256)
         handle = self.vmms.fork(Launch(shape, self.plan.vm_uid, gids, limits, inherit))
         stack.push_async_callback(self.vmms.destroy, shape.uid, shape.folder, handle)
         return handle, await self.vmms.reach(shape, handle, stack)
@@ -94,9 +95,9 @@ class Restores:
             link = await self.vmms.reach_agent(shape, vmm, stack)
             uuids = tuple(layer.volume_uuid for layer in shape.layers)
             identity = configure_for(self.plan.spec, uuids, entropy=secrets.token_bytes(64), now_ns=time.time_ns())
-            await link.configure(replace(identity, upper_mib=2 * (IN_USE_MIB + 64)))
+            await link.configure(replace(identity, upper_mib=2 * (self.in_use_mib + 64)))
             engine = QemuEngine(shape.uid, handle, Parts(vmm.process, vmm.control, link), self.host.cgroups)
-            await run(engine, "python3", "-c", FILL)
+            await run(engine, "python3", "-c", FILL, str(self.in_use_mib))
             await link.close()
             self.state_fd = templateblob.sealed_state(await snapshot.save_state(vmm.control))
         templateblob.seal(self.ram_fd)
@@ -117,10 +118,13 @@ async def _ordinary(vmm: Vmm) -> None:
 
 
 @asynccontextmanager
-async def frozen_guest(host: Bench, plan: StartPlan) -> AsyncIterator[Restores]:
-    """A guest of `plan`'s image with IN_USE_MIB of its memory in use, frozen."""
-    shape = replace(shape_for(plan, host.kernel, host.accel, "blk"), memory=MemoryShape(RAM_MIB, 0))
-    restores = Restores(host, Vmms(host.cgroups, BOOT_DEADLINE_S), plan, shape, templateblob.new_ram(RAM_MIB << 20))
+async def frozen_guest(
+    host: Bench, plan: StartPlan, *, ram_mib: int = RAM_MIB, in_use_mib: int = IN_USE_MIB
+) -> AsyncIterator[Restores]:
+    """A guest of `plan`'s image with `in_use_mib` of its memory in use, frozen."""
+    shape = replace(shape_for(plan, host.kernel, host.accel, "blk"), memory=MemoryShape(ram_mib, 0))
+    ram_fd = templateblob.new_ram(ram_mib << 20)
+    restores = Restores(host, Vmms(host.cgroups, BOOT_DEADLINE_S), plan, shape, ram_fd, in_use_mib)
     try:
         await restores.freeze()
         yield restores
