@@ -6,6 +6,7 @@ The bookmark's revision is one that the client may watch from again: everything 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import AsyncGenerator
 from dataclasses import dataclass
 
@@ -108,18 +109,18 @@ async def watch_pools(
 ) -> AsyncGenerator[tuple[PoolShare, ...], None]:
     """A host's share of every pool: now, after each change of it, and every `bookmark_s` as a sign of life."""
     told: tuple[PoolShare, ...] | None = None
+    loop = asyncio.get_running_loop()
+    sign_s = loop.time() + bookmark_s  # of this watch: the view itself moves with every host's report
     while True:
         moved = view.moved
         now = poolspread.shares_of(host, view.pools.values(), view.survey(), view.images.values()) if view.pools else ()
-        if now != told:
-            told = now
+        if now != told or loop.time() >= sign_s:
+            told, sign_s = now, loop.time() + bookmark_s
             yield now
         await asyncio.sleep(GATHER_S)
-        try:
-            async with asyncio.timeout(bookmark_s):
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout_at(sign_s):
                 await moved.wait()
-        except TimeoutError:
-            yield now
 
 
 def _asked(sandbox: Sandbox) -> tuple[object, ...]:

@@ -27,7 +27,7 @@ from controlplane.model import (
 from controlplane.store.contract import Delete, Put, Store, Write
 from controlplane.store.sqlite import open_sqlite
 from controlplane.view import View
-from controlplane.watching import Bookmark, Gone, watch_assignments
+from controlplane.watching import Bookmark, Gone, watch_assignments, watch_pools
 from controlplane.watching import Put as Told
 
 
@@ -152,3 +152,23 @@ async def test_a_slow_host_gets_the_newest_state_and_none_of_those_between(tmp_p
         await view.reached(await store.commit([stored(reported)]))  # somebody else's now
         assert isinstance(await anext(told), Bookmark)
         await told.aclose()
+
+
+async def test_a_host_without_pools_hears_of_its_control_plane_while_others_report(tmp_path: Path) -> None:
+    async with viewed(tmp_path / "s.db") as (store, view):
+
+        async def chatter() -> None:
+            for at in range(1000):  # heartbeats: the view moves far more often than a sign of life is due
+                await store.commit([Put(keys.host("h1"), codec.encode(Host("h1", Capacity(1), "x:1", float(at))))])
+                await asyncio.sleep(0.01)
+
+        talking = asyncio.create_task(chatter())
+        try:
+            async with asyncio.timeout(8):
+                told = watch_pools(view, "h1", bookmark_s=0.2)
+                assert [await anext(told) for _ in range(3)] == [(), (), ()]
+                await told.aclose()
+            assert not talking.done()
+        finally:
+            talking.cancel()
+            await asyncio.gather(talking, return_exceptions=True)
