@@ -56,6 +56,7 @@ class Sandbox:
         self.resize: ResizeProgress | None = None
         self.followers, self._followed = 0, False
         self._sessions: list[str] = []
+        self._forgotten = False
         self._wanted = asyncio.Event()
         self._changed = asyncio.Event()
         self._loop = asyncio.get_running_loop()
@@ -68,7 +69,9 @@ class Sandbox:
     # What comes from outside.
 
     def want(self, spec: SandboxSpec) -> None:
-        """Takes the newest assignment. An older epoch is not obeyed."""
+        """Takes the newest assignment. An older epoch is not obeyed; nothing is, once the record is being removed."""
+        if self._forgotten:  # a record written now would come back into the folder that a thread removes
+            return
         now = self.spec
         keep = replace(spec, image_digest=now.image_digest, process=now.process, hostname=now.hostname)
         if spec.epoch < now.epoch or keep == now:
@@ -182,6 +185,7 @@ class Sandbox:
             self.log.close()
         await self._until_removed()
         await self._host.release_image(self.spec.uid)
+        self._forgotten = True
         await asyncio.to_thread(self._host.journal.remove, self.spec.uid)
         self.record = replace(self.record, phase=move(self.record.phase, Phase.GONE))
         self._tell_waiters()

@@ -66,6 +66,28 @@ async def test_a_missing_image_fails_with_its_reason(host: Host) -> None:
     assert (sandbox.record.phase, sandbox.record.reason) == (Phase.FAILED, "ImageMissing")
 
 
+async def test_an_assignment_that_comes_while_its_record_is_removed_brings_nothing_back(
+    host: Host, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sandbox = host.assign("one", image_digest="sha256:" + "e" * 64)
+    await reach(sandbox, *ENDED)
+    loop, unlink = asyncio.get_running_loop(), Path.unlink
+
+    def unlink_and_hear(path: Path, missing_ok: bool = False) -> None:
+        unlink(path, missing_ok)
+        if path.name == "record.json":  # the thread that removes stands between the record and its folder
+
+            async def hear() -> None:
+                host.want(sandbox, DesiredState.REMOVED, stop_grace_s=1.0)
+
+            asyncio.run_coroutine_threadsafe(hear(), loop).result(DEADLINE_S)
+
+    monkeypatch.setattr(Path, "unlink", unlink_and_hear)
+    host.want(sandbox, DesiredState.REMOVED)
+    await gone(host)
+    assert host.reports[-1].removed and "Abandoned" not in host.reasons()
+
+
 async def test_a_failed_start_leaves_nothing(host: Host) -> None:
     host.fake.faults.start = StartFailed("no kernel", reason="BootTimeout")
     sandbox = host.assign()
