@@ -54,14 +54,17 @@ class Invocation:
 
 
 class _Parser(argparse.ArgumentParser):
-    """Raises where argparse would print and exit."""
+    """Raises where argparse would print and exit. `takes_command`: a program may follow `--`."""
+
+    takes_command = False
 
     def error(self, message: str) -> NoReturn:
         unknown = message.removeprefix("unrecognized arguments: ")
         hint = f"see `{self.prog} --help`"
         if unknown != message:
             if not unknown.startswith("-"):
-                raise UsageError("too many words", unknown, hint)
+                program = f"a program to run stands after --: `{self.prog} … -- {unknown}`"
+                raise UsageError("too many words", unknown, program if self.takes_command else hint)
             near = difflib.get_close_matches(unknown.split()[0], list(self._option_string_actions), 1)
             raise UsageError("unknown option", unknown, f"did you mean {near[0]}?" if near else hint)
         raise UsageError(message, "", hint)
@@ -136,6 +139,7 @@ def build(command: AnyCommand) -> argparse.ArgumentParser:
     )  # fmt: skip
     command.configure(parser)
     if command.takes_command:
+        parser.takes_command = True
         parser.usage = parser.format_usage().removeprefix("usage: ").rstrip() + " -- PROGRAM [ARG ...]"
     group = parser.add_argument_group("options of every command")
     group.add_argument("--home", type=Path, metavar="DIR", help="where `dev up` keeps its fabric ($SANDLOOM_HOME)")

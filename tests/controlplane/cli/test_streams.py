@@ -54,7 +54,8 @@ def test_exec_in_one_that_ended_says_so(fabric: FakeFabric, cli: Cli) -> None:
 
 def test_exec_without_a_command_says_how(fabric: FakeFabric, cli: Cli) -> None:
     done = cli("exec", "box", "ls")
-    assert (done.code, done.err) == (125, "sandloom: too many words: ls: see `sandloom exec --help`\n")
+    how = "a program to run stands after --: `sandloom exec … -- ls`"
+    assert (done.code, done.err) == (125, f"sandloom: too many words: ls: {how}\n")
     assert "sandloom exec box -- ls /" in cli("exec", "box").err
 
 
