@@ -22,7 +22,7 @@ import psutil
 from guestagent.binary import binary_path
 from guestagent.errors import AgentError
 from hostd.cgroups import Hierarchy
-from hostd.drivers.qemu.accel import TCG_NOTE, decide, qemu_version
+from hostd.drivers.qemu.accel import TCG_NOTE, Verdict, cache_path, cached, decide, qemu_version
 from hostd.drivers.qemu.command import GuestShape
 from hostd.errors import ConfigError, HostdError
 from hostd.kernel import META_PACKAGE, extract, fetch, package_name
@@ -150,20 +150,30 @@ def check_accel(probe: bool, cache_dir: Path) -> Check:
     """Which accelerator works: a guest is booted to find out (only with --probe, or when it was done before)."""
     if not os.access("/dev/kvm", os.R_OK | os.W_OK):
         return Check("accelerator", "warn", f"tcg: no usable /dev/kvm. {TCG_NOTE}", "run where KVM is")
-    if not probe:
+    try:
+        verdict = asyncio.run(_probe(cache_dir)) if probe else _kept_verdict(cache_dir)
+    except (HostdError, AgentError) as error:
+        return Check("accelerator", "fail", str(error), "mend what it names and probe again")
+    if verdict is None:
         return Check(
             "accelerator", "ok", "/dev/kvm is there; `sandloom doctor --probe` boots a guest to see if it works"
         )
-    try:
-        verdict = asyncio.run(_probe(cache_dir))
-    except (HostdError, AgentError) as error:
-        return Check("accelerator", "fail", str(error), "mend what it names and probe again")
-    if verdict[0] == "kvm":
+    if verdict.accel == "kvm":
         return Check("accelerator", "ok", "kvm: a guest booted on it")
-    return Check("accelerator", "warn", f"tcg: {verdict[1]}. {TCG_NOTE}", "run where KVM works")
+    why = " ".join(verdict.why.split())  # QEMU's own words, of several lines
+    return Check("accelerator", "warn", f"tcg: {why}. {TCG_NOTE}", "run where KVM works")
 
 
-async def _probe(cache_dir: Path) -> tuple[str, str]:
+def _kept_verdict(cache_dir: Path) -> Verdict | None:
+    """What a probe, or a hostd that started since this machine did, found out for the present kernel and QEMU."""
+    try:
+        version = package_name().removeprefix("linux-image-")
+    except HostdError:
+        return None  # its own check says so
+    return cached(cache_path(cache_dir, version))
+
+
+async def _probe(cache_dir: Path) -> Verdict:
     files = await asyncio.to_thread(lambda: extract(fetch(cache_dir)))
     with tempfile.TemporaryDirectory(prefix="sandloom-doctor-") as folder:
         kernel, initrd = Path(folder) / "vmlinuz", Path(folder) / "initrd"
@@ -172,8 +182,7 @@ async def _probe(cache_dir: Path) -> tuple[str, str]:
         shape = GuestShape(
             "probe", Path(folder), kernel, initrd, "kvm", 1, MemoryShape(MIN_BASE_RAM_MIB, 0)
         )  # fmt: skip
-        verdict = await decide("auto", shape, files.version, cache_dir)
-    return verdict.accel, verdict.why
+        return await decide("auto", shape, files.version, cache_dir)
 
 
 CHECKS: tuple[Callable[[], Check], ...] = (
