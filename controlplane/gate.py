@@ -15,10 +15,11 @@ import logging
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import grpc
 import grpc.aio
+from google.protobuf.message import DecodeError
 
 from controlplane.api.errors import ControlPlaneError
 from controlplane.api.identity import NAME_PATTERN, Identity, Role, peer_identity
@@ -38,6 +39,9 @@ DEFAULT_TENANT = "default"
 TENANT_HEADER = "sandloom-tenant"
 UNARY_DEADLINE_S = 30.0
 """How long a call that answers once may take when the client set no deadline of its own."""
+
+GARBLED = object()
+"""In the place of a request that cannot be read."""
 
 USERS = frozenset({Role.OPERATOR, Role.TENANT})
 OPERATORS = frozenset({Role.OPERATOR})
@@ -83,6 +87,8 @@ class Gate(Interceptor):
             await abort(context, failure_of(error))
         except grpc.aio.AioRpcError as error:
             await abort(context, parse_error(error))
+        except DecodeError:  # of a later message of a stream
+            await _refuse_garbled(context)
         except TimeoutError:
             text = "it took longer than it may: read what became of it, then retry"
             await abort(context, Failure(Condition.DEADLINE, "DeadlineExceeded", text))
@@ -105,8 +111,13 @@ class Gate(Interceptor):
         continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Handler]],
         handler_call_details: grpc.HandlerCallDetails,
     ) -> Handler:
-        """Marks which streams are about to send: a task that is cancelled inside grpc's own code sends no status."""
+        """Marks which streams are about to send: a task that is cancelled inside grpc's own code sends no status.
+        Refuses requests that are no messages, which grpc's own code would tell of without details."""
         handler = await continuation(handler_call_details)
+        if handler and inspect.iscoroutinefunction(handler.unary_unary):
+            return grpc.unary_unary_rpc_method_handler(
+                _read(handler.unary_unary), _parser(handler.request_deserializer), handler.response_serializer
+            )
         inner: Any = handler and (handler.unary_stream or handler.stream_stream)
         if not inspect.isasyncgenfunction(inner):
             return handler
@@ -114,6 +125,8 @@ class Gate(Interceptor):
         async def marked(request: Any, context: Context) -> AsyncIterator[Any]:
             task = asyncio.current_task()
             assert task is not None
+            if request is GARBLED:
+                await _refuse_garbled(context)
             async with aclosing(inner(request, context)) as messages:
                 async for message in messages:
                     self._sending.add(task)
@@ -124,8 +137,10 @@ class Gate(Interceptor):
                     if self._closing:
                         task.cancel()
 
-        build = grpc.unary_stream_rpc_method_handler if handler.unary_stream else grpc.stream_stream_rpc_method_handler
-        return build(marked, handler.request_deserializer, handler.response_serializer)
+        if handler.unary_stream:
+            parse = _parser(handler.request_deserializer)
+            return grpc.unary_stream_rpc_method_handler(marked, parse, handler.response_serializer)
+        return grpc.stream_stream_rpc_method_handler(marked, handler.request_deserializer, handler.response_serializer)
 
     async def close(self, grace_s: float) -> None:
         """Ends every open call, and every later one, with UNAVAILABLE (ServerStopping); returns when they have ended,
@@ -137,6 +152,34 @@ class Gate(Interceptor):
                 task.cancel()
         if ending:
             await asyncio.wait(ending, timeout=grace_s)
+
+
+def _parser(parse: Any) -> Callable[[bytes], Any]:
+    """`parse`, but GARBLED for bytes that are no message of its type."""
+
+    def parsed(data: bytes) -> Any:
+        try:
+            return parse(data)
+        except DecodeError:
+            return GARBLED
+
+    return parsed
+
+
+def _read(answer: Any) -> Any:
+    """`answer`, for requests that could be read."""
+
+    async def read(request: Any, context: Context) -> Any:
+        if request is GARBLED:
+            await _refuse_garbled(context)
+        return await answer(request, context)
+
+    return read
+
+
+async def _refuse_garbled(context: Context) -> NoReturn:
+    text = "the request is no message of this call's type: compare the client's protos with this server's (reflection)"
+    await abort(context, Failure(Condition.INVALID, "InvalidArgument", text))
 
 
 def _stopping() -> Unavailable:

@@ -160,3 +160,20 @@ async def test_a_bug_is_told_as_one_and_harms_no_other_call(plane: Plane, monkey
     with pytest.raises(grpc.aio.AioRpcError) as caught:
         await client.get("box")
     assert parse_error(caught.value).condition is Condition.NOT_FOUND
+
+
+async def test_a_request_that_is_no_message_is_refused_with_details(plane: Plane) -> None:
+    channel = (await plane.client()).channel
+    calls: list[tuple[Any, str, bool]] = [
+        (channel.unary_unary, "GetSandbox", False),
+        (channel.unary_stream, "WatchSandboxes", False),
+        (channel.stream_stream, "AttachSandbox", True),
+    ]
+    for make, name, streams in calls:
+        call = make(f"/sandloom.v1.Sandboxes/{name}")
+        garbage = b"\xff\xff\xff"
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            answer = call(iter([garbage]) if streams else garbage, timeout=10)
+            await (answer if make == channel.unary_unary else anext(aiter(answer)))
+        failure = parse_error(caught.value)
+        assert (failure.condition, failure.reason) == (Condition.INVALID, "InvalidArgument"), name
