@@ -119,7 +119,7 @@ def act(options: ResizeOptions, shell: Shell) -> int:
 async def _resize(fabric: Fabric, options: ResizeOptions) -> Sandbox:
     _, reference = await lookup.find(fabric, options.name)
     remedies = {
-        Condition.PRECONDITION: "its ceiling is the --memory MIN:MAX it was started with (`sandloom ps`)",
+        Condition.PRECONDITION: "`sandloom ps -a` shows its state and the MIN/MAX and CPUs it was started with",
         Condition.INVALID: "see `sandloom resize --help`",
     }
     with calling(f"cannot resize {options.name}", remedies):

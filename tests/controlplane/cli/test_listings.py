@@ -125,6 +125,7 @@ def test_a_resize_that_is_not_reached_is_exit_1(fabric: FakeFabric, cli: Cli) ->
     above = cli("resize", "box", "--memory", "2G", "--wait")
     assert above.code == 1
     assert "2048 MiB is above the ceiling of 1024 MiB" in above.err
+    assert above.err.endswith(": `sandloom ps -a` shows its state and the MIN/MAX and CPUs it was started with\n")
 
 
 def ledger() -> sandboxes_pb2.SharingLedger:
