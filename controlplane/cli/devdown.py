@@ -21,6 +21,10 @@ from controlplane.cli.progress import Progress
 from controlplane.cli.sandboxes import STOP_SLACK_S
 
 LET_GO_S = 120.0
+STUCK = (
+    "`sandloom events` and hostd's log tell why; a hostd that starts tries again: `sandloom dev down --keep`, then"
+    " `sandloom dev down`"
+)
 
 
 def down(home: Home, settings: HostSettings, shell: Shell, progress: Progress, *, keep: bool, grace_s: float) -> bool:
@@ -73,7 +77,7 @@ async def _empty(fabric: Fabric, grace_s: float, progress: Progress) -> None:
         progress.update(f"waiting for sandboxes to be let go of: {len(left)}")
         if loop.time() > give_up_s:
             names = ", ".join(sandbox.name for sandbox in left)
-            raise CliError("sandboxes are not let go of", names, "`sandloom events` and hostd's log tell why")
+            raise CliError("sandboxes are not let go of", names, STUCK)
         await asyncio.sleep(lookup.POLL_S)
 
 

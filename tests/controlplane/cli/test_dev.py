@@ -16,7 +16,8 @@ from pathlib import Path
 
 import pytest
 
-from controlplane.cli import daemons, devdown, devfiles, devup
+from controlplane.api.v1 import sandboxes_pb2
+from controlplane.cli import daemons, devdown, devfiles, devup, lookup
 from controlplane.cli.errors import CliError
 from controlplane.cli.home import Home
 from controlplane.cli.main import main, shell_for
@@ -108,6 +109,24 @@ def test_down_of_a_half_dead_fabric_still_removes_its_sandboxes(dev: Dev) -> Non
     assert done.code == 0, done
     assert "starting it to clean up" in done.err
     assert (dev.pids(), dev.home.root.exists()) == ({}, False)
+
+
+def test_down_that_is_stuck_tells_the_way_out(dev: Dev, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert dev("dev", "up", "--host-name", "loom").code == 0
+
+    async def never_less(*_: object, **__: object) -> list[sandboxes_pb2.Sandbox]:
+        return [sandboxes_pb2.Sandbox(name="stuck", status=sandboxes_pb2.SandboxStatus(phase=sandboxes_pb2.FAILED))]
+
+    with monkeypatch.context() as patched:
+        patched.setattr(lookup, "list_sandboxes", never_less)
+        patched.setattr(devdown, "LET_GO_S", 0.1)
+        done = dev("dev", "down")
+    assert done.code == 1
+    assert "sandboxes are not let go of: stuck" in done.err
+    assert "`sandloom dev down --keep`, then `sandloom dev down`" in done.err
+    assert dev("dev", "down", "--keep").code == 0
+    down = dev("dev", "down")
+    assert (down.code, dev.pids()) == (0, {}), down
 
 
 def test_down_keep_leaves_the_context_for_the_next_up(dev: Dev) -> None:
