@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from guestagent.errors import GuestRefused
-from guestagent.messages import OutputEnded, Prepare, StartProcess, Stream
+from guestagent.messages import OutputEnded, Prepare, Renew, StartProcess, Stream
 from tests.guestagent.realagent import CONFIGURE, PATH, Link, RealAgent
 
 DOCKER_LIKE = {0, 1, 3, 4, 5, 6, 7, 8, 10, 13, 18, 29, 31}  # linux/capability.h; 27 (MKNOD), 21 (SYS_ADMIN) … not
@@ -47,6 +47,17 @@ def test_a_prepared_guest_rehearses_a_start_and_runs_nothing_of_the_image(agent:
     link.shell(4, "echo now")
     assert link.exited(4) == (0, 0)
     assert link.out(4) == b"now\n"
+
+
+def test_outside_of_a_guest_nothing_is_frozen_and_nobody_renewed(link: Link) -> None:
+    for request, code in (
+        (link.session.freeze(1000), errno.EOPNOTSUPP),
+        (link.session.renew(Renew(b"web-2", b"e" * 32, b"0" * 32, 1)), errno.EINVAL),
+    ):
+        with pytest.raises(GuestRefused) as caught:
+            link.ask(request)
+        assert caught.value.errno == code
+    assert link.ask(link.session.thaw()) is None
 
 
 def test_a_second_configure_is_refused(link: Link) -> None:

@@ -16,6 +16,7 @@ from guestagent.messages import (
     Output,
     OutputEnded,
     Prepare,
+    Renew,
     ReplyReceived,
     StartProcess,
     StdinAcked,
@@ -94,6 +95,22 @@ def test_refusals() -> None:
     refused = reply(link, link.session.forget(1)).refused
     assert isinstance(refused, GuestRefused)
     assert refused.errno == errno.EBUSY
+
+
+def test_a_frozen_copy_becomes_somebody_else() -> None:
+    renew = Renew(b"web-2", b"f" * 32, b"f" * 32, 2)
+    unconfigured = Link.connect(FakeAgent())
+    refused = reply(unconfigured, unconfigured.session.freeze(10)).refused
+    assert refused is not None and refused.errno == errno.EAGAIN
+    link = running()
+    refused = reply(link, link.session.renew(renew)).refused
+    assert refused is not None and refused.errno == errno.EINVAL
+    assert reply(link, link.session.freeze(10)).refused is None
+    refused = reply(link, link.session.freeze(10)).refused
+    assert refused is not None and refused.errno == errno.EALREADY
+    assert reply(link, link.session.renew(renew)).refused is None
+    assert (link.agent.renewed, link.agent.frozen) == (renew, False)
+    assert reply(link, link.session.thaw()).refused is None
 
 
 def test_a_start_before_configure_is_a_rehearsal_in_a_prepared_guest() -> None:

@@ -22,6 +22,7 @@ from guestagent.messages import (
     Kind,
     Output,
     ProcState,
+    Renew,
     Reply,
     ReplyReceived,
     StartProcess,
@@ -39,6 +40,7 @@ from guestagent.wire import (
     decode_stats,
     encode_configure,
     encode_guest_state,
+    encode_renew,
     encode_start,
     encode_stats,
     safe_text,
@@ -46,6 +48,7 @@ from guestagent.wire import (
 
 CONTRACT = (Path(guestagent.__file__).parent / "PROTOCOL.md").read_text()
 CONFIGURE = Configure(b"web-1", (b"a" * 16, b"b" * 16), 64, b"e" * 32, b"0123456789abcdef" * 2, 1, 5000)
+RENEW = Renew(b"web-2", b"e" * 32, b"0123456789abcdef" * 2, 1)
 START = StartProcess(1, (b"/bin/sh", b"-c", b"true"), (b"PATH=/bin", b"EMPTY="), b"/", b"1000:1000", True)
 STATE = GuestState(1, "0.1.0", "boot", True, (ProcState(1, 101, False, 3, 5, 7),))
 
@@ -63,6 +66,7 @@ def test_the_kinds_are_the_contracts() -> None:
     [
         ("STATS reply: `{", encode_stats(DEFAULT_STATS)),
         ("CONFIGURE: `{", encode_configure(CONFIGURE)),
+        ("RENEW: `{", encode_renew(RENEW)),
         ("START: `{", encode_start(START)),
         ("HELLO reply: `{", encode_guest_state(STATE)),
     ],
@@ -99,6 +103,20 @@ def test_the_maps_have_the_contracts_keys(start: str, encoded: dict[str, object]
 def test_a_bad_configure_is_refused(change: dict[str, object], problem: str) -> None:
     with pytest.raises(BadRequest, match=problem):
         replace(CONFIGURE, **change)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        ({"hostname": b"-x"}, "not a host name"),
+        ({"entropy": b"e" * 31}, "bytes of entropy = 31"),
+        ({"machine_id": b"G" * 32}, "machine_id"),
+        ({"time_unix_ns": 0}, "time_unix_ns"),
+    ],
+)
+def test_a_bad_renew_is_refused(change: dict[str, object], problem: str) -> None:
+    with pytest.raises(BadRequest, match=problem):
+        replace(RENEW, **change)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(

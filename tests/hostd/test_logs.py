@@ -41,6 +41,18 @@ async def test_what_is_appended_is_kept_in_order_with_offsets(tmp_path: Path) ->
     assert log.offsets == {1: 7, 2: 3}
 
 
+async def test_a_log_may_begin_in_the_middle_and_a_restart_knows(tmp_path: Path) -> None:
+    log = OutputLog(tmp_path)
+    log.begin_at(1, {1: 100, 2: 7})
+    assert log.kept() == []
+    log.append(2, 1, b"on")
+    log.close()
+    again = OutputLog(tmp_path)
+    assert again.offsets == {1: 102, 2: 7}
+    assert again.kept() == [LogEntry(2, 1, 100, b"on")]
+    again.close()
+
+
 async def test_it_stays_within_its_bound_and_keeps_the_newest(tmp_path: Path) -> None:
     log = OutputLog(tmp_path, BOUND_BYTES)
     for number in range(2000):

@@ -25,6 +25,15 @@ def image_of(*items: StoredObject) -> ImageRecord:
     return ImageRecord(digest, items[0].domain, layers, config, "oci", 1_700_000_000.5)
 
 
+def test_one_object_is_removed_at_once_unless_somebody_needs_it(store: Store) -> None:
+    pinned, young = publish(store, b"pinned"), publish(store, b"young")
+    store.pin("sandbox/1", [pinned.key])
+    assert (store.remove(pinned.key), store.remove(young.key), store.remove(young.key)) == (False, True, False)
+    assert pinned.path.exists() and not young.path.parent.exists()
+    with pytest.raises(NotFound):
+        store.get(ACME, young.digest)
+
+
 def test_gc_takes_only_old_and_unneeded(store: Store, clock: Clock, root: Path) -> None:
     pinned, in_image, garbage = (publish_layer(store, bytes([n]) * 4096) for n in range(3))
     store.pin("sandbox/1", [pinned.key])
