@@ -72,4 +72,5 @@ proto: setup ## generate the API's Python from the protos
 		--mypy_out=quiet:. --mypy_grpc_out=quiet:. $(PROTOS)
 
 clean: ## remove everything that was built
-	rm -rf $(VENV) build *.egg-info native/*.so guestagent/_build .mypy_cache .ruff_cache .pytest_cache
+	rm -rf $(VENV) build *.egg-info native/*.so guestagent/_build hostd/drivers/*/_build
+	rm -rf .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -71,6 +71,15 @@ def test_an_unknown_command_would_be_noticed() -> None:
     assert sandloom("no-such-command", "--help").returncode != 0
 
 
+def test_clean_names_every_folder_that_a_build_or_a_test_makes() -> None:
+    done = subprocess.run(["make", "-n", "clean"], cwd=ROOT, capture_output=True, text=True, check=True)
+    removed = {path for word in done.stdout.split() for path in (word, *map(str, ROOT.glob(word)))}
+    built = {str(path) for top in ("native", "guestagent", "hostd") for path in (ROOT / top).rglob("_build")}
+    assert built | {".hypothesis", ".pytest_cache", ".mypy_cache", ".ruff_cache"} <= removed | {
+        str(ROOT / word) for word in removed
+    }
+
+
 def test_nothing_names_a_machine_or_a_registry() -> None:
     """No absolute path of somebody's checkout, no registry's host, in anything that is committed."""
     banned = re.compile(r"/work/|/home/[a-z]+/|/root/\.|pypi\.org|deb\.debian\.org|registry\.npmjs|artifact-registry")
