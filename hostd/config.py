@@ -5,6 +5,7 @@ driver = "qemu" | "fake"            fake: sandboxes that exist in memory only (h
 accel = "auto" | "kvm" | "tcg"      memory_reserve_mib   disk_reserve_mib
 cache_dir                           packages and probe verdicts, shared by all hostds of a machine
 cgroup = "sandloom"                 the folder for its sandboxes' cgroups; hostds of one machine have one each
+scrub_interval_s                    how often every blob in the store is hashed again
 boot_deadline_s                     how long a guest may take to its agent's first answer
 """
 
@@ -45,6 +46,7 @@ class Config:
     cache_dir: Path = Path("/var/cache/sandloom")
     cgroup: str = SLICE
     boot_deadline_s: float = 120.0
+    scrub_interval_s: float = 86_400.0
 
     def __post_init__(self) -> None:
         for key, value, choices in (("driver", self.driver, DRIVERS), ("accel", self.accel, ACCELS)):
@@ -57,6 +59,8 @@ class Config:
         for key, address in (("listen", self.listen), ("controlplane", self.controlplane)):
             if not _ADDRESS.fullmatch(address):
                 raise ConfigError(f"{key} {address!r} is not HOST:PORT")
+        if self.scrub_interval_s < 60:
+            raise ConfigError(f"scrub_interval_s {self.scrub_interval_s} is below 60 seconds")
         if not 0 < self.boot_deadline_s <= 3600:
             raise ConfigError(f"boot_deadline_s {self.boot_deadline_s} is outside 0..3600 seconds")
         # 107 bytes is all a unix socket's path may have (unix(7)); the longest is RUN/UID/agent.sock.

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import functools
 import json
 import logging
 import os
@@ -41,6 +42,7 @@ from hostd.errors import HostdError
 from hostd.poolreports import render_report
 from hostd.register import Outbox, Registration
 from hostd.sandboxes import Happened, Sandboxes
+from hostd.scrub import keep_scrubbing
 from hostd.service import Runtime
 from hostd.service_checkpoints import HostCheckpoints
 from sharedcache.errors import CacheError
@@ -102,7 +104,11 @@ class Server:
             server = self._grpc_server(registration, tls)
             await server.start()
             stack.push_async_callback(server.stop, SHUTDOWN_GRACE_S)
-            await _until_first_ends(self.sandboxes.run(), self._report(registration), stop.wait())
+            scrubbing = keep_scrubbing(self.store, self.config.scrub_interval_s, self._tell)
+            await _until_first_ends(self.sandboxes.run(), self._report(registration), scrubbing, stop.wait())
+
+    def _tell(self, reason: str, message: str) -> None:
+        tell_of_host(self.outbox, self.config.host, reason, message)
 
     async def _report(self, registration: Registration) -> None:
         """Nothing is taken from the control plane before the journal's sandboxes are taken over."""
@@ -125,6 +131,12 @@ class Server:
             raise HostdError(f"cannot listen on {self.config.listen}: is it taken?", reason="BadConfig")
         self.address = f"{self.config.listen.rpartition(':')[0]}:{port}"
         return server
+
+
+def tell_of_host(outbox: Outbox, host: str, reason: str, message: str) -> None:
+    """Puts something about the host itself into log and event log."""
+    log.info("%s: %s", reason, message)
+    outbox.happened(Happened(host, reason, message, time.time(), kind="host"))
 
 
 async def _until_first_ends(*works: Coroutine[Any, Any, object]) -> None:
@@ -152,10 +164,7 @@ async def serve(config: Config) -> None:
         folder.mkdir(parents=True, exist_ok=True, mode=0o711)  # VM uids pass through
     outbox = Outbox()
 
-    def tell(reason: str, message: str) -> None:
-        log.info("%s: %s", reason, message)
-        outbox.happened(Happened(config.host, reason, message, time.time(), kind="host"))
-
+    tell = functools.partial(tell_of_host, outbox, config.host)
     with Store.open(config.state_dir / "store", min_free_bytes=config.disk_reserve_mib << 20) as store:
         async with AsyncExitStack() as stack:
             chosen = await choose(config, store, tell, stack)
