@@ -33,6 +33,14 @@ class LayerName:
     size_bytes: int
 
 
+def require_names(key: str, name: str) -> None:
+    """InvalidSpec unless they can be a checkpoint's id and name."""
+    if not _ID.fullmatch(key):
+        raise InvalidSpec(f"checkpoint id {key!r} is not 1-64 of [A-Za-z0-9_-]")
+    if not _NAME.fullmatch(name):
+        raise InvalidSpec(f"checkpoint name {name!r} is not 1-63 of [a-z0-9-], the ends without a dash")
+
+
 @dataclass(frozen=True)
 class Wanted:
     """What a checkpoint shall be called. Of a fork (`ephemeral`) nobody keeps it."""
@@ -41,6 +49,9 @@ class Wanted:
     name: str
     image: str = ""
     ephemeral: bool = False
+
+    def __post_init__(self) -> None:
+        require_names(self.id, self.name)
 
 
 @dataclass(frozen=True)
@@ -60,10 +71,7 @@ class CheckpointAbout:
     ephemeral: bool = False  # of a fork: nobody keeps it
 
     def __post_init__(self) -> None:
-        if not _ID.fullmatch(self.id):
-            raise InvalidSpec(f"checkpoint id {self.id!r} is not 1-64 of [A-Za-z0-9_-]")
-        if not _NAME.fullmatch(self.name):
-            raise InvalidSpec(f"checkpoint name {self.name!r} is not 1-63 of [a-z0-9-], the ends without a dash")
+        require_names(self.id, self.name)
 
     def encode(self) -> bytes:
         """As it stands in the blob."""

@@ -44,9 +44,19 @@ class StoredCheckpoint:
 
 @dataclass
 class _Open:
+    """`users` live from it; `borrowed` counts restores under way, which need it open; `doomed`: closed after them."""
+
     memory: CheckpointMemory
     users: set[str] = field(default_factory=set)
     unused_since_s: float = 0.0
+    borrowed: int = 0
+    doomed: bool = False
+
+    def close(self) -> None:
+        """As soon as nobody is being restored from it."""
+        self.doomed = True
+        if self.borrowed == 0:
+            self.memory.close()
 
 
 class Taking(Protocol):
@@ -110,9 +120,8 @@ class Checkpoints:
                 self.tend()
                 await self.drop_ephemeral()
         finally:
-            for opened in self._open.values():
-                opened.memory.close()
-            self._open.clear()
+            for key in list(self._open):
+                self._close(key)
 
     def tend(self) -> None:
         """Closes what nobody has used for LINGER_S."""
@@ -131,7 +140,7 @@ class Checkpoints:
     def _close(self, key: str) -> None:
         opened = self._open.pop(key, None)
         if opened is not None:
-            opened.memory.close()
+            opened.close()
 
     # What is there.
 
@@ -159,18 +168,22 @@ class Checkpoints:
             layers = await asyncio.to_thread(self._layers, spec)
             await asyncio.to_thread(self._store.require_space, spec.resources.memory_max_mib << 20)
             taken = await taking(self._checkpointing())
-            try:
-                about = CheckpointAbout(
-                    key, name, spec, command, layers, taken.form, taken.offsets, taken.pause_s, self._now_s(),
-                    wanted.image, wanted.ephemeral,
-                )  # fmt: skip
-                stored = await to_its_end(_in_thread(self._keep, about, taken))
-            except BaseException:
-                taken.memory.close()
-                raise
-            self._open[key] = _Open(taken.memory, unused_since_s=self._now_s())
-            self._known[key] = _found(about, stored)
-            return self._known[key]
+            about = CheckpointAbout(
+                key, name, spec, command, layers, taken.form, taken.offsets, taken.pause_s, self._now_s(),
+                wanted.image, wanted.ephemeral,
+            )  # fmt: skip
+            return await to_its_end(self._kept(about, taken))
+
+    async def _kept(self, about: CheckpointAbout, taken: TakenCheckpoint) -> StoredCheckpoint:
+        """In the store and known here, or neither."""
+        try:
+            stored = await asyncio.to_thread(self._keep, about, taken)
+        except BaseException:
+            taken.memory.close()
+            raise
+        self._open[about.id] = _Open(taken.memory, unused_since_s=self._now_s())
+        self._known[about.id] = _found(about, stored)
+        return self._known[about.id]
 
     def _layers(self, spec: SandboxSpec) -> tuple[LayerName, ...]:
         try:
@@ -209,13 +222,18 @@ class Checkpoints:
         """The checkpoint's memory for sandbox `user`, loaded and verified when it is not open yet. It stays in use
         until release(), unless the block fails. CheckpointUnusable."""
         async with self._locks.setdefault(key, asyncio.Lock()):
-            opened = await self._opened(key)
+            opened = await to_its_end(self._opened(key))
             opened.users.add(user)
+            opened.borrowed += 1
         try:
             yield opened.memory
         except BaseException:
             self.release(key, user)
             raise
+        finally:
+            opened.borrowed -= 1
+            if opened.doomed:
+                opened.close()
 
     async def _opened(self, key: str) -> _Open:
         stored = self.find(key).stored
@@ -254,9 +272,3 @@ class Checkpoints:
 
 def _found(about: CheckpointAbout, stored: StoredObject) -> StoredCheckpoint:
     return StoredCheckpoint(about, stored, stored.path.stat().st_blocks * 512)
-
-
-async def _in_thread(
-    work: Callable[[CheckpointAbout, TakenCheckpoint], StoredObject], *arguments: object
-) -> StoredObject:
-    return await asyncio.to_thread(work, *arguments)  # type: ignore[arg-type]

@@ -251,7 +251,8 @@ class Checkpointing(Protocol):
     ) -> Engine:
         """An engine that goes on from a checkpoint as sandbox `plan`, with identity, clock and randomness of its own
         before any process in it runs. resume() gives its main process; other processes are ended. `memory` is the
-        driver's own and may be closed afterwards. `made` as in start. On any error nothing of it is left."""
+        driver's own and may be closed afterwards; the plan's spec names it. `made` as in start. On any error nothing of
+        it is left."""
         ...
 
 

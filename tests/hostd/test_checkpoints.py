@@ -237,6 +237,26 @@ async def test_a_forks_checkpoint_goes_by_itself_once_its_forks_run(host: Host) 
     assert fork.record.phase is Phase.RUNNING
 
 
+async def test_removing_one_waits_for_who_is_being_restored_from_it(host: Host) -> None:
+    await made(host)
+    checkpoints = host.sandboxes.checkpoints
+    async with checkpoints.memory("c-1", "two"):
+        await checkpoints.remove("c-1")
+        assert open_now(host) == 1
+    assert open_now(host) == 0
+
+
+async def test_a_client_that_gives_up_late_leaves_a_whole_checkpoint(host: Host) -> None:
+    sandbox = await running(host)
+    taking = asyncio.create_task(sandbox.checkpoint(Wanted("c-1", "first")))
+    await until(lambda: open_now(host) == 1)
+    taking.cancel()
+    await asyncio.wait({taking})
+    assert taking.cancelled()
+    assert [each.about.id for each in host.sandboxes.checkpoints.all()] == ["c-1"]
+    await running(host, "two", checkpoint="c-1")
+
+
 # What is refused.
 
 

@@ -148,7 +148,7 @@ class QemuCheckpointing:
         shape = restored_shape(guest, plan, self._kernel, RamFile(sealed.ram_fd, private=True), elastic)
         gids = tuple({layer.gid for layer in plan.layers})
         inherit = tuple(fd for fd in (sealed.ram_fd, sealed.elastic_fd, state_fd) if fd >= 0)
-        return Launch(shape, plan.vm_uid, gids, limits_for(plan.spec.resources), inherit)
+        return Launch(shape, plan.vm_uid, gids, limits_for(plan.spec.resources, restored=True), inherit)
 
     async def _wake(self, restoring: _Restoring) -> QemuEngine:
         plan, shape, times = restoring.plan, restoring.launch.shape, [restoring.begin_s]

@@ -95,8 +95,9 @@ class QemuEngine:
 
     async def resize(self, resources: Resources) -> None:
         """See Engine.resize."""
+        limits = limits_for(resources, restored=bool(self.handle.checkpoint))
         try:
-            await asyncio.to_thread(self._cgroups.set_limits, self._uid, limits_for(resources))
+            await asyncio.to_thread(self._cgroups.set_limits, self._uid, limits)
         except HostdError as error:
             raise ControlLost(str(error)) from error
         if self._shape.elastic_mib:

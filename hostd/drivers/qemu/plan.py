@@ -39,9 +39,13 @@ class GuestKernel:
     gid: int
 
 
-def limits_for(resources: Resources) -> Limits:
-    """The hard cgroup bounds of a VM with these resources."""
-    return Limits((resources.memory_max_mib + VM_OVERHEAD_MIB) << 20, resources.cpu_milli, VM_PIDS)
+def limits_for(resources: Resources, *, restored: bool = False) -> Limits:
+    """The hard cgroup bounds of a VM with these resources.
+
+    A restored one may be charged for each page of its memory twice: for its own copy, and for the page of zeros in its
+    checkpoint's file that it was the first to touch."""
+    memory_mib = resources.memory_max_mib * (2 if restored else 1)
+    return Limits((memory_mib + VM_OVERHEAD_MIB) << 20, resources.cpu_milli, VM_PIDS)
 
 
 def shape_for(plan: StartPlan, kernel: GuestKernel, accel: str, layers_as: str = "pmem") -> GuestShape:

@@ -56,15 +56,15 @@ async def load_state(
     try:
         await asyncio.wait({loading, gone}, return_when=asyncio.FIRST_COMPLETED)
         if not loading.done():
-            raise StartFailed(f"QEMU refused the template's state: {gone.result()}", reason="TemplateUnusable")
+            raise StartFailed(f"QEMU refused the saved state: {gone.result()}", reason="TemplateUnusable")
         status = loading.result()
     except ControlLost as error:
-        raise StartFailed(f"the template's state could not be loaded: {error}", reason="TemplateUnusable") from error
+        raise StartFailed(f"the saved state could not be loaded: {error}", reason="TemplateUnusable") from error
     finally:
         loading.cancel()
         await asyncio.gather(loading, return_exceptions=True)
     if status != "completed":
-        raise StartFailed(f"the template's state could not be loaded: it {status}", reason="TemplateUnusable")
+        raise StartFailed(f"the saved state could not be loaded: it {status}", reason="TemplateUnusable")
 
 
 async def _load(control: Control, inherited_fd: int, deadline_s: float) -> str:

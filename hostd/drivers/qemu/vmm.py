@@ -27,7 +27,7 @@ from hostd.process import WatchedProcess, is_zombie, open_same, reap, start_tick
 from hostd.removal import remove_folder
 
 QMP_DEADLINE_S = 20.0
-KILL_DEADLINE_S = 5.0
+KILL_DEADLINE_S, REAP_DEADLINE_S = 5.0, 1.0
 EXIT_LAG_S = 2.0
 LOG_TAIL_BYTES = 400
 NO_PUNCH = Path(__file__).parent / "_build" / "sandloom-nopunch"
@@ -168,8 +168,7 @@ class Vmms:
 async def _kill(handle: Handle) -> None:
     descriptor = open_same(handle.pid, handle.start_ticks)
     if descriptor is None:
-        if is_zombie(handle.pid, handle.start_ticks):
-            reap(handle.pid)
+        await _take_leave(handle)
         return
     process = WatchedProcess(handle.pid, descriptor)
     try:
@@ -179,6 +178,15 @@ async def _kill(handle: Handle) -> None:
             raise HostdError(f"QEMU, pid {handle.pid}, does not end within {KILL_DEADLINE_S:.0f} s of SIGKILL")
     finally:
         process.close()
+
+
+async def _take_leave(handle: Handle) -> None:
+    """Reaps it if it has ended and is our child. A zombie whose threads are ending still cannot be reaped yet."""
+    give_up_s = asyncio.get_running_loop().time() + REAP_DEADLINE_S
+    while is_zombie(handle.pid, handle.start_ticks) and asyncio.get_running_loop().time() < give_up_s:
+        reap(handle.pid)
+        if is_zombie(handle.pid, handle.start_ticks):
+            await asyncio.sleep(0.002)
 
 
 def said(folder: Path) -> str:

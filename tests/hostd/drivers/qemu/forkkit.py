@@ -71,6 +71,11 @@ class Counting:
                 await asyncio.sleep(0.05)
 
 
+def restored(plan: StartPlan) -> StartPlan:
+    """The plan of a sandbox that goes on from a checkpoint."""
+    return replace(plan, spec=replace(plan.spec, checkpoint="c-1"))
+
+
 def checkpointing_of(driver: Driver) -> Checkpointing:
     assert driver.checkpointing is not None
     return driver.checkpointing
@@ -103,7 +108,7 @@ class Nursery:
 
     async def fork(self, taken: TakenCheckpoint, driver: Driver | None = None) -> Counting:
         """One restored from a checkpoint."""
-        plan, driver = self.plan("fork"), driver or self.rig.driver
+        plan, driver = restored(self.plan("fork")), driver or self.rig.driver
         checkpoints = checkpointing_of(driver)
         engine = await checkpoints.restore(plan, taken.memory, taken.form, taken.offsets, lambda _: None)
         self._stack.push_async_callback(self._end, driver, plan, engine)

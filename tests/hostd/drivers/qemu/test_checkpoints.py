@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import time
 from collections.abc import AsyncIterator
 
 import pytest
 import pytest_asyncio
 
+from hostd.cgroups import Hierarchy
 from hostd.drivers.contract import TakenCheckpoint
 from hostd.drivers.qemu.checkpointblob import DraftMemory
 from hostd.drivers.qemu.checkpointing import QemuMemory
 from hostd.drivers.qemu.engine import QemuEngine
+from hostd.drivers.qemu.plan import VM_OVERHEAD_MIB
 from hostd.drivers.qemu.templates import Templates
 from hostd.errors import CannotCheckpoint, CheckpointFailed, CheckpointUnusable
 from hostd.journal import Handle
@@ -34,7 +37,9 @@ from tests.hostd.drivers.qemu.rig import QemuRig, Surroundings, left_of
 from tests.hostd.drivers.qemu.test_warming import WarmQemuRig
 
 pytestmark = pytest.mark.guest
-FIRST_UID = 263_000
+FIRST_UID = 263_000 + os.getpid() % 20 * 40
+"""Uids are the machine's: two test runs at once should not meet."""
+
 DIGEST = "tail -c 8000000 /filled | md5sum"
 
 
@@ -114,6 +119,9 @@ class TestForks:
     async def test_a_forks_memory_shrinks_and_grows_and_no_other_is_touched(self, world: Scene) -> None:
         one, other = world.forks[:2]
         before = await other.sh(DIGEST)
+        cgroups = world.nursery.rig.around.cgroups
+        bound_mib = 2 * SIZE.memory_max_mib + VM_OVERHEAD_MIB
+        assert memory_bound_mib(cgroups, one) == bound_mib
         await one.sh("rm /filled")
         small = Resources(256, SIZE.memory_max_mib, 256, 1000)
         await one.engine.resize(small)
@@ -123,6 +131,7 @@ class TestForks:
         await one.sh(f"cat {'/flood ' * 60} > /again; rm /again")
         assert await other.sh(DIGEST) == before
         await one.count()
+        assert memory_bound_mib(cgroups, one) == bound_mib
 
     @pytest.mark.asyncio(loop_scope="class")
     async def test_a_fork_can_be_forked(self, world: Scene) -> None:
@@ -214,6 +223,12 @@ class TestForks:
     async def test_a_guest_of_another_driver_is_refused_by_name(self, world: Scene) -> None:
         with pytest.raises(CannotCheckpoint, match="guest-kernel"):
             await checkpointing_of(world.source.driver).checkpoint(object(), dict)  # type: ignore[arg-type]
+
+
+def memory_bound_mib(cgroups: Hierarchy, guest: Counting) -> int:
+    name = "memory.max" if cgroups.version == 2 else "memory.limit_in_bytes"
+    folders = cgroups.folders(guest.plan.spec.uid)
+    return next(int((folder / name).read_text()) for folder in folders if (folder / name).exists()) >> 20
 
 
 async def _refused(made: Nursery, taken: TakenCheckpoint, words: str) -> None:
