@@ -1,6 +1,7 @@
 """What a clone costs, in time and in memory, beside a cold boot and QEMU's ordinary restore.
 
-Every round runs each of them once, turn about. "answer" is from the exec of QEMU to the agent's first answer, "first
+Every round runs each of them, turn about; clones take so little time that a busy neighbour shows, so that a round has
+REPEATS of them and counts the median. "answer" is from the exec of QEMU to the agent's first answer, "first
 byte" up to the first byte that a command prints. Memory is of guests that are configured and idle, several of a kind at
 once: what a guest shares is counted by its share. The ordinary restore is of one guest with 1 GiB in use
 (tests/bench/restores.py), restored by QEMU from its whole stream, and by us from the same guest's memory.
@@ -12,6 +13,7 @@ import asyncio
 import os
 import statistics
 import time
+from collections.abc import Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
 
@@ -25,6 +27,7 @@ from tests.bench.report import CannotMeasure, Report, Runs, ratio, run
 from tests.bench.restores import IN_USE_MIB, Restores, frozen_guest
 
 ROUNDS = 5
+REPEATS = 3
 IDLE_GUESTS = 4
 HERD = 50
 SMALL = Resources(memory_min_mib=256, memory_max_mib=512, memory_mib=256, cpu_milli=1000)
@@ -77,8 +80,17 @@ class Clones:
             raise RuntimeError(f"{kind}: {engine.origin}")
         return engine
 
-    async def once(self, kind: str) -> None:
-        """One start up to a command's first byte."""
+    async def several(self, kinds: Sequence[str], times: int) -> None:
+        """`times` starts of each, turn about; the medians count."""
+        seen: dict[str, list[dict[str, float]]] = {kind: [] for kind in kinds}
+        for _ in range(times):
+            for kind in kinds:
+                seen[kind].append(await self.once(kind))
+        for kind, starts in seen.items():
+            self.taken.add(kind, **{phase: statistics.median(each[phase] for each in starts) for phase in starts[0]})
+
+    async def once(self, kind: str) -> dict[str, float]:
+        """Milliseconds of each phase of one start up to a command's first byte."""
         begin_s, first_s = time.monotonic(), [0.0]
         engine = await self.start(kind)
         ready_s = time.monotonic()
@@ -87,8 +99,9 @@ class Clones:
         answer_s = sum(seconds for name, seconds in phases.items() if name != "agent")
         times = {name: seconds * 1000 for name, seconds in phases.items()}
         times |= {"start": (first_s[-1] - ready_s) * 1000, "to answer": answer_s * 1000}
-        self.taken.add(kind, **times, **{"to first byte": (first_s[-1] - begin_s) * 1000})
+        times |= {"to first byte": (first_s[-1] - begin_s) * 1000}
         await self.host.end_all()
+        return times
 
     async def herd(self) -> Runs:
         """HERD clones at once: milliseconds to the answer of each."""
@@ -106,16 +119,25 @@ class Clones:
 
 
 async def rounds(clones: Clones, restores: Restores) -> None:
-    """Each way once a round, every second round backwards."""
-    ways = [*KINDS, WHOLE, MAPPED]
+    """Each way, every second round backwards."""
+
+    async def whole() -> None:
+        clones.taken.add(WHOLE, **{"to answer": await restores.ordinary()})
+
+    async def mapped() -> None:
+        values = [await restores.mapped() for _ in range(REPEATS)]
+        clones.taken.add(MAPPED, **{"to answer": statistics.median(values)})
+
+    async def cold() -> None:
+        await clones.several([COLD], 1)
+
+    async def cloned() -> None:
+        await clones.several([GENERIC, IMAGE, BIG], REPEATS)
+
+    ways = [cold, cloned, whole, mapped]
     for turn in range(ROUNDS):
         for way in ways if turn % 2 == 0 else ways[::-1]:
-            if way == WHOLE:
-                clones.taken.add(WHOLE, **{"to answer": await restores.ordinary()})
-            elif way == MAPPED:
-                clones.taken.add(MAPPED, **{"to answer": await restores.mapped()})
-            else:
-                await clones.once(way)
+            await way()
 
 
 def tell_times(report: Report, taken: Taken) -> None:
