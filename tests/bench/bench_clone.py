@@ -105,7 +105,9 @@ class Clones:
 
     async def herd(self) -> Runs:
         """HERD clones at once: milliseconds to the answer of each."""
-        engines = await asyncio.gather(*(self.start(IMAGE) for _ in range(HERD)))
+        async with asyncio.TaskGroup() as group:
+            starting = [group.create_task(self.start(IMAGE)) for _ in range(HERD)]
+        engines = [each.result() for each in starting]
         answers = [sum(seconds for name, seconds in each.start_phases if name != "agent") * 1000 for each in engines]
         await self.host.end_all()
         return Runs(tuple(answers), "ms")

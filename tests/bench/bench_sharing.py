@@ -102,7 +102,9 @@ async def one_round(host: Bench, driver: QemuDriver, template_bytes: int) -> Rou
         engine = await host.start(driver, RESOURCES)
         return engine, await read_all(engine)
 
-    started = list(await asyncio.gather(*(reader() for _ in range(GUESTS - 1))))
+    async with asyncio.TaskGroup() as group:
+        reading = [group.create_task(reader()) for _ in range(GUESTS - 1)]
+    started = [each.result() for each in reading]
     fewer_bytes, _ = await host_bytes(host, [engine for engine, _ in started])
     started.append(await reader())
     all_bytes, cache_bytes = await host_bytes(host, [engine for engine, _ in started])

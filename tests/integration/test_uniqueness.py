@@ -80,7 +80,9 @@ async def read_many(host: Bench, kit: CloneKit, count: int) -> list[dict[str, st
         async with turns:
             return await values_of(host, kit, (Origin.IMAGE, Origin.GENERIC)[number % 2])
 
-    return list(await asyncio.gather(*(one(number) for number in range(count))))
+    async with asyncio.TaskGroup() as group:  # unlike gather it waits for all, so that no guest outlives a failure
+        reading = [group.create_task(one(number)) for number in range(count)]
+    return [each.result() for each in reading]
 
 
 def repeated(all_values: list[dict[str, str]]) -> dict[str, list[str]]:
