@@ -22,11 +22,16 @@ def mounts_within(folder: Path, mountinfo: Path = Path("/proc/self/mountinfo")) 
     return sorted(point for point in points if point == folder or folder in point.parents)
 
 
+def require_own(folder: Path, otherwise: str) -> None:
+    """HostdError, saying `otherwise`, unless hostd could have made `folder`: it is absolute and lies deep enough."""
+    if not folder.is_absolute() or len(folder.parts) < LEAST_PARTS or ".." in folder.parts:
+        raise HostdError(f"{str(folder)!r} is no folder that hostd makes: {otherwise}", reason="InternalError")
+
+
 def remove_folder(folder: Path) -> None:
     """Removes a folder and all that is in it; nothing happens when it is not there. HostdError when the path is not
     one that hostd could have made, when it is mounted on, or when something of it stays."""
-    if not folder.is_absolute() or len(folder.parts) < LEAST_PARTS or ".." in folder.parts:
-        raise HostdError(f"{str(folder)!r} is no folder that hostd makes: it is not removed", reason="InternalError")
+    require_own(folder, "it is not removed")
     mounted = mounts_within(folder)
     if mounted:
         raise HostdError(f"{mounted[0]} is mounted: unmount it first, or what it shows would be removed with {folder}")

@@ -18,9 +18,7 @@ the owner's phase workload.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import os
-import shutil
 import signal
 import socket
 import subprocess
@@ -44,6 +42,7 @@ from hostd.drivers.oci.runtime import Runtime
 from hostd.errors import AgentLost, ConfigError, HostdError, StartFailed
 from hostd.journal import Handle
 from hostd.process import WatchedProcess, is_zombie, open_same, reap, start_ticks
+from hostd.removal import remove_folder
 from hostd.tasks import to_its_end
 
 GREET_DEADLINE_S = 10.0
@@ -190,8 +189,8 @@ class OciDriver:
             await self._reap(handle)
         await asyncio.to_thread(self.layers.unmount_rootfs, folder)
         if self.runtime.state is not None:
-            await asyncio.to_thread(_remove_tree, self.runtime.state / uid)
-        await asyncio.to_thread(_remove_tree, folder)
+            await asyncio.to_thread(remove_folder, self.runtime.state / uid)
+        await asyncio.to_thread(remove_folder, folder)
 
     async def _reap(self, handle: Handle) -> None:
         """The monitor may have been moved out of its cgroup by somebody; and as our child it has to be reaped."""
@@ -210,13 +209,6 @@ class OciDriver:
                 )
         finally:
             process.close()
-
-
-def _remove_tree(folder: Path) -> None:
-    if not folder.is_absolute():  # "" is the working directory to rmtree: whatever asked for it is a bug
-        raise HostdError(f"{str(folder)!r} is no sandbox's directory: it is not removed", reason="InternalError")
-    with contextlib.suppress(FileNotFoundError):
-        shutil.rmtree(folder)
 
 
 def _said(folder: Path) -> str:

@@ -35,14 +35,12 @@ from pathlib import Path
 
 from hostd.drivers.contract import LayerFile
 from hostd.errors import ConfigError, HostdError, StartFailed
+from hostd.removal import require_own
 
 MS_RDONLY, MS_NOSUID, MS_NODEV, MS_REMOUNT = 1, 2, 4, 32  # linux/mount.h
 MNT_DETACH, UMOUNT_NOFOLLOW = 2, 8
 OPTIONS_BYTES = 4000
 """mount(2) takes a page of options."""
-
-LEAST_PARTS = 4
-"""`/` and three names: no sandbox's folder lies higher."""
 
 LOSETUP_DEADLINE_S = 20.0
 SYS_MOVE_MOUNT, SYS_FSOPEN, SYS_FSCONFIG, SYS_FSMOUNT = 429, 430, 431, 432  # asm-generic/unistd.h
@@ -119,8 +117,7 @@ def unmount(at: str | Path) -> None:
 def unmount_below(folder: Path) -> None:
     """Everything mounted at or below `folder`, newest first. HostdError for a path that is no sandbox's: unmounting
     what is below / would be the host's end."""
-    if not folder.is_absolute() or len(folder.parts) < LEAST_PARTS or ".." in folder.parts:
-        raise HostdError(f"{str(folder)!r} is no sandbox's folder: nothing is unmounted", reason="InternalError")
+    require_own(folder, "nothing is unmounted")
     prefix = f"{folder}/"
     for one in reversed(mounted()):
         if one.at == str(folder) or one.at.startswith(prefix):
