@@ -42,7 +42,7 @@ class Changed:
     async def take(self, timeout_s: float) -> set[str]:
         """Waits until some changed; empty after `timeout_s`."""
         try:
-            async with asyncio.timeout(timeout_s):  # never wait_for: in Python 3.11 it may swallow a cancellation
+            async with asyncio.timeout(timeout_s):
                 await self._filled.wait()
         except TimeoutError:
             return set()

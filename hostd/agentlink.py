@@ -184,7 +184,8 @@ class AgentLink:
         self._replies[request_id] = future
         self._writer.write(data)
         try:
-            return await asyncio.wait_for(future, deadline_s)
+            async with asyncio.timeout(deadline_s):
+                return await future
         except TimeoutError:
             raise AgentLost(f"the agent did not answer a request within {deadline_s:.0f} s") from None
         finally:

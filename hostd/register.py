@@ -133,17 +133,23 @@ class Registration:
             answer = await self._sync.ReportHost(request, timeout=CALL_DEADLINE_S)
             self.registered.set()
             try:
-                await asyncio.wait_for(self._poke.wait(), max(1.0, answer.lease_s / 3))
+                async with asyncio.timeout(max(1.0, answer.lease_s / 3)):
+                    await self._poke.wait()
             except TimeoutError:
                 pass
 
+    async def _until_registered(self) -> None:
+        async with asyncio.timeout(WATCH_SILENCE_S):
+            await self.registered.wait()
+
     async def _watch(self) -> None:
-        await asyncio.wait_for(self.registered.wait(), WATCH_SILENCE_S)
+        await self._until_registered()
         call = self._sync.WatchAssignments(hosts_pb2.WatchAssignmentsRequest(host=self._host))
         listing: set[str] | None = set()
         async with _cancelled_at_end(call) as events:
             while True:
-                event = await asyncio.wait_for(anext(events, None), WATCH_SILENCE_S)
+                async with asyncio.timeout(WATCH_SILENCE_S):
+                    event = await anext(events, None)
                 if event is None:
                     return
                 if event.kind == sandboxes_pb2.SandboxEvent.BOOKMARK:
@@ -158,11 +164,12 @@ class Registration:
                     self._assign(event.sandbox)
 
     async def _watch_pools(self) -> None:
-        await asyncio.wait_for(self.registered.wait(), WATCH_SILENCE_S)
+        await self._until_registered()
         call = self._sync.WatchPools(hosts_pb2.WatchPoolsRequest(host=self._host))
         async with _cancelled_at_end(call) as lists:
             while True:
-                whole = await asyncio.wait_for(anext(lists, None), WATCH_SILENCE_S)
+                async with asyncio.timeout(WATCH_SILENCE_S):
+                    whole = await anext(lists, None)
                 if whole is None:
                     return
                 self._sandboxes.pools.assign(self._pools_in(whole))

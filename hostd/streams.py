@@ -37,7 +37,8 @@ STARTED_OR_ENDED = frozenset({*ENDED, Phase.RUNNING, Phase.STOPPING})
 async def start_of(inputs: Inputs) -> sandboxes_pb2.StreamStart:
     """The first message of a stream. InvalidSpec when it is another one or does not come."""
     try:
-        first = await asyncio.wait_for(anext(inputs, None), FIRST_INPUT_S)
+        async with asyncio.timeout(FIRST_INPUT_S):
+            first = await anext(inputs, None)
     except TimeoutError:
         raise InvalidSpec(f"no `start` came within {FIRST_INPUT_S:.0f} s") from None
     if first is None or first.WhichOneof("input") != "start":

@@ -87,7 +87,8 @@ async def _convert(store: Store, path: Path, start: Start, host: str) -> Respons
 
 async def _next(chunks: Chunks) -> images_pb2.ImportImageRequest | None:
     try:
-        return await asyncio.wait_for(anext(chunks, None), CHUNK_DEADLINE_S)
+        async with asyncio.timeout(CHUNK_DEADLINE_S):
+            return await anext(chunks, None)
     except TimeoutError:
         raise TimeoutError(f"nothing came of the upload for {CHUNK_DEADLINE_S:.0f} s: send it again") from None
 

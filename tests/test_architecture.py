@@ -232,6 +232,18 @@ def test_every_rpc_has_a_contract() -> None:
     assert bare == []
 
 
+def test_no_wait_swallows_a_cancellation() -> None:
+    """In Python 3.11 `asyncio.wait_for` returns instead of being cancelled when its future is done by then: a task that
+    is asked once to end goes on for ever. `asyncio.timeout` does not."""
+    calls = [
+        f"{path.relative_to(ROOT)}:{node.lineno}"
+        for path in sources()
+        for node in ast.walk(parsed(path))
+        if isinstance(node, ast.Attribute) and node.attr == "wait_for" and ast.unparse(node.value) == "asyncio"
+    ]
+    assert calls == []
+
+
 def test_nothing_waits_a_fixed_time() -> None:
     """Tests wait for what they want to see, with a deadline; a fixed sleep hides a race or wastes time."""
     waits: list[str] = []

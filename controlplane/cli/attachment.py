@@ -106,7 +106,8 @@ async def _look(fabric: Fabric, attachment: Attachment, console: Console) -> san
 async def _pause(console: Console) -> bool:
     """Waits RETRY_S; True when the user left meanwhile."""
     try:
-        await asyncio.wait_for(console.left.wait(), RETRY_S)
+        async with asyncio.timeout(RETRY_S):
+            await console.left.wait()
     except TimeoutError:
         return False
     return True

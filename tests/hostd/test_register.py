@@ -80,6 +80,19 @@ async def test_a_host_says_who_it_is_and_again_when_poked(pair: Pair) -> None:
     await until(lambda: len(pair.plane.hosts) == 2)
 
 
+@pytest.mark.parametrize("turns", range(4))
+async def test_it_ends_when_asked_even_if_it_is_poked_just_then(pair: Pair, turns: int) -> None:
+    pair.registration.poke()
+    another = asyncio.create_task(pair.registration.run())
+    await until(lambda: pair.plane.watches == 2)
+    pair.registration.poke()
+    for _ in range(turns):
+        await asyncio.sleep(0)
+    another.cancel()
+    done, _ = await asyncio.wait({another}, timeout=5)
+    assert done and another.cancelled()
+
+
 async def test_an_assignment_is_run_and_reported_with_its_events(pair: Pair) -> None:
     pair.plane.put(assignment("one", pair.host.image, "say", "out", "err", "7"))
     await until(lambda: pair.plane.phase("one") == "EXITED")

@@ -33,7 +33,8 @@ class Control:
             await _until_bound(path, alive, give_up)
             client = QMPClient("sandloom")
             try:
-                await asyncio.wait_for(client.connect(str(path)), max(0.1, give_up - asyncio.get_running_loop().time()))
+                async with asyncio.timeout(max(0.1, give_up - asyncio.get_running_loop().time())):
+                    await client.connect(str(path))
                 return cls(client)
             except (QMPError, OSError, TimeoutError) as error:
                 await _quietly_disconnect(client)
@@ -46,7 +47,8 @@ class Control:
     async def execute(self, command: str, **arguments: Any) -> Any:
         """A command's return value. ControlLost when the session or QEMU fails, with QEMU's own words."""
         try:
-            return await asyncio.wait_for(self._client.execute(command, arguments), COMMAND_DEADLINE_S)
+            async with asyncio.timeout(COMMAND_DEADLINE_S):
+                return await self._client.execute(command, arguments)
         except ExecuteError as error:
             raise ControlLost(f"QEMU refused {command}: {error}", reason="VmmRefused") from error
         except (QMPError, OSError, TimeoutError) as error:
@@ -117,7 +119,8 @@ def _exists(path: Path) -> bool:
 
 async def _quietly_disconnect(client: QMPClient) -> None:
     try:
-        await asyncio.wait_for(client.disconnect(), 2.0)
+        async with asyncio.timeout(2.0):
+            await client.disconnect()
     except (QMPError, OSError, EOFError, TimeoutError):
         pass
 
