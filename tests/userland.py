@@ -1,6 +1,6 @@
-"""A real image for demo, tests and benchmarks: a Debian userland with python3, made by mmdebstrap, kept in a cache.
+"""A real image for demo, tests and benchmarks: a Debian userland with python3 and ssh-keygen, made by mmdebstrap.
 
-    $XDG_CACHE_HOME/sandloom/userland-<codename>.tar     about 200 MB; made once (a minute), then reused
+    $XDG_CACHE_HOME/sandloom/userland-<codename>-<packages>.tar     about 220 MB; made once (a minute), then reused
 
 It comes from the same archive that this machine's apt already trusts and uses, verified by the same keyring.
 """
@@ -13,7 +13,7 @@ import subprocess
 import tempfile
 from pathlib import Path
 
-PACKAGES = ("python3",)
+PACKAGES = ("python3", "openssh-client")
 BUILD_DEADLINE_S = 900.0
 
 
@@ -47,7 +47,7 @@ def archive_uri(suite: str) -> str:
 def userland_tar() -> Path:
     """The root filesystem's tar, made when it is not in the cache. Blocks for a minute then. UserlandUnavailable."""
     suite = codename()
-    target = cache_dir() / f"userland-{suite}.tar"
+    target = cache_dir() / f"userland-{suite}-{'-'.join(PACKAGES)}.tar"
     if target.exists():
         return target
     target.parent.mkdir(parents=True, exist_ok=True)
