@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, Protocol
 
 from hostd.journal import Handle
+from hostd.memory.values import MemoryEvent, MemoryNow, Resized
 from hostd.spec import Command, Resources, SandboxSpec
 
 
@@ -61,14 +62,6 @@ class Loss:
 
     reason: str
     message: str
-
-
-@dataclass(frozen=True)
-class MemoryNow:
-    """What the guest has: plugged in all, and what its kernel calls available."""
-
-    actual_mib: int
-    available_mib: int
 
 
 @dataclass(frozen=True)
@@ -136,9 +129,16 @@ class Engine(Protocol):
         Every other process is ended: whoever had started it is gone."""
         ...
 
-    async def resize(self, resources: Resources) -> None:
-        """Sets targets for memory and CPU and returns when the engine accepted them, not when they are reached.
-        Idempotent. ControlLost when the engine does not take them."""
+    async def resize(self, resources: Resources, *, deadline_s: float = 0.0) -> Resized:
+        """Sets targets for memory and CPU, and waits up to `deadline_s` for them to be reached. What is short then says
+        why; the engine goes on towards them until the next resize. Never below the guarantee. Idempotent: it starts
+        from what is there. One at a time: cancel the former, which undoes nothing. ControlLost when the engine does
+        not take them."""
+        ...
+
+    def memory_events(self) -> AsyncIterator[MemoryEvent]:
+        """What the guest tells of its memory by itself, from now on; one consumer. A few are kept while nobody reads,
+        the oldest go first. Ends when the engine is lost or let go of."""
         ...
 
     async def memory(self) -> MemoryNow:

@@ -13,11 +13,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
-from collections.abc import Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from hostd.drivers.contract import Driver, Engine, Exit, Loss, MemoryNow, ProcessLink, Region, StartPlan
+from hostd.drivers.contract import Driver, Engine, Exit, Loss, ProcessLink, Region, StartPlan
 from hostd.drivers.fakecheckpointing import FakeCheckpointing
 from hostd.drivers.fakemachine import MAIN, SIGKILL, FakeLink, FakeProcess, Machine, acknowledge, run
 from hostd.drivers.fakeprograms import PROGRAMS, Program, Terminal
@@ -25,6 +25,8 @@ from hostd.drivers.fakewarming import FakeWarming
 from hostd.drivers.seat import seat_of
 from hostd.errors import AgentLost, CommandFailed, ControlLost, HostdError, InvalidSpec
 from hostd.journal import Handle
+from hostd.memory.events import MemoryEvents
+from hostd.memory.values import Mechanism, MemoryEvent, MemoryNow, Moved, Resized, ShortfallCause
 from hostd.spec import Command, MemoryShape, Resources, memory_shape
 
 FIRST_PID = 1 << 22
@@ -138,6 +140,10 @@ class FakeDriver:
 
     # What befalls a machine.
 
+    def tell_memory(self, uid: str, event: MemoryEvent) -> None:
+        """The guest tells something of its memory."""
+        self.machines[uid].memory_events.tell(event)
+
     def crash(self, uid: str, why: str = "signal SIGKILL ended it") -> None:
         """The engine's process dies."""
         self.machines[uid].lose(Loss("VmmExited", f"the fake VMM is gone: {why}"))
@@ -155,6 +161,7 @@ class FakeEngine:
         self.handle, self.start_phases, self.origin = machine.handle, start_phases, ""
         self._shape = MemoryShape(self.handle.base_mib, self.handle.elastic_mib)
         self._links: list[FakeLink] = []
+        self._events = machine.memory_events
 
     async def wait_gone(self) -> Loss:
         """See Engine.wait_gone."""
@@ -196,23 +203,52 @@ class FakeEngine:
         main = self._machine.processes.get(MAIN)
         return None if main is None else self._link(main)
 
-    async def resize(self, resources: Resources) -> None:
+    async def resize(self, resources: Resources, *, deadline_s: float = 0.0) -> Resized:
         """See Engine.resize."""
         self._require_control()
-        if resources != self._machine.resources:
-            self._machine.resources = resources
-            self._machine.asked_at_s = asyncio.get_running_loop().time()
+        machine, faults, loop = self._machine, self._driver.faults, asyncio.get_running_loop()
+        before_mib = self._follow()
+        if resources != machine.resources:
+            machine.resources, machine.asked_at_s = resources, loop.time()
+        if not self._follows():
+            await asyncio.sleep(min(deadline_s, machine.asked_at_s + faults.follow_s - loop.time()))
+            self._require_control()
+        wanted_mib = self._shape.base_mib + self._shape.requested_mib(resources.memory_mib)
+        actual_mib = self._follow()
+        cause = None
+        if actual_mib != wanted_mib:
+            late = ShortfallCause.UNCOOPERATIVE if deadline_s else ShortfallCause.FOLLOWING
+            held = ShortfallCause.IN_USE if actual_mib > wanted_mib else ShortfallCause.HOST_FULL
+            cause = held if self._follows() else late
+        moved_mib = actual_mib - before_mib
+        moved = (Moved(Mechanism.VIRTIO_MEM, moved_mib, loop.time() - machine.asked_at_s),) if moved_mib else ()
+        vcpus = min(self.handle.vcpus, resources.vcpus)
+        return Resized(actual_mib, abs(wanted_mib - actual_mib), cause, moved, vcpus, cause.value if cause else "")
+
+    def memory_events(self) -> AsyncIterator[MemoryEvent]:
+        """See Engine.memory_events. Tests tell them by FakeDriver.tell_memory."""
+        self._events = self._machine.memory_events = MemoryEvents()
+        return self._events()
+
+    def _follows(self) -> bool:
+        return asyncio.get_running_loop().time() - self._machine.asked_at_s >= self._driver.faults.follow_s
+
+    def _follow(self) -> int:
+        """What the guest has by now, MiB."""
+        machine, faults = self._machine, self._driver.faults
+        if self._follows():
+            wanted = self._shape.base_mib + self._shape.requested_mib(machine.resources.memory_mib)
+            most = wanted if faults.most_mib is None else min(wanted, faults.most_mib)
+            machine.actual_mib = most if faults.least_mib is None else max(most, faults.least_mib)
+        return machine.actual_mib
 
     async def memory(self) -> MemoryNow:
         """See Engine.memory."""
         self._require_control()
-        machine, faults = self._machine, self._driver.faults
-        if asyncio.get_running_loop().time() - machine.asked_at_s >= faults.follow_s:
-            wanted = self._shape.base_mib + self._shape.requested_mib(machine.resources.memory_mib)
-            most = wanted if faults.most_mib is None else min(wanted, faults.most_mib)
-            machine.actual_mib = most if faults.least_mib is None else max(most, faults.least_mib)
-        used_mib = min(machine.actual_mib, FAKE_BASE_USE_MIB + machine.used_mib)
-        return MemoryNow(machine.actual_mib, machine.actual_mib - used_mib)
+        actual_mib = self._follow()
+        used_mib = min(actual_mib, FAKE_BASE_USE_MIB + self._machine.used_mib)
+        plugged_mib = actual_mib - self._shape.base_mib
+        return MemoryNow(actual_mib, actual_mib - used_mib, plugged_mib, signals=self._machine.signals)
 
     async def regions(self) -> list[Region]:
         """See Engine.regions. No page of the host belongs to it."""
@@ -223,6 +259,7 @@ class FakeEngine:
         for link in self._links:
             link.cut()
         self._links.clear()
+        self._events.close()
 
     def _require_alive(self) -> None:
         if self._machine.lost.done():

@@ -14,6 +14,8 @@ from hostd.drivers.contract import Exit, Loss, OutputPiece
 from hostd.drivers.fakeprograms import Killed, Program, Terminal
 from hostd.errors import AgentLost, InvalidSpec
 from hostd.journal import Handle
+from hostd.memory.events import MemoryEvents
+from hostd.memory.values import MemorySignals
 from hostd.spec import Resources
 
 MAIN = 1
@@ -58,12 +60,15 @@ class Machine:
     actual_mib: int = 0
     used_mib: int = 0
     asked_at_s: float = 0.0
+    signals: MemorySignals = field(default_factory=MemorySignals)
+    memory_events: MemoryEvents = field(default_factory=MemoryEvents)
     numbers: itertools.count[int] = field(default_factory=lambda: itertools.count(MAIN + 1))
 
     def lose(self, loss: Loss) -> None:
         """It is gone, and everything in it."""
         if not self.lost.done():
             self.lost.set_result(loss)
+        self.memory_events.close()
         for process in self.processes.values():
             if process.task is not None:
                 process.task.cancel()

@@ -23,7 +23,7 @@ from guestagent.messages import MAIN_PROC, StartProcess
 from hostd.agentlink import AgentLink
 from hostd.agentprocess import AgentProcess
 from hostd.cgroups import Hierarchy, Limits
-from hostd.drivers.contract import Exit, Loss, MemoryNow, OutputPiece, ProcessLink, Region
+from hostd.drivers.contract import Exit, Loss, OutputPiece, ProcessLink, Region
 from hostd.drivers.oci.bundle import OPEN_FILES, BundleShape, config_json, process_json
 from hostd.drivers.oci.memory import SandboxMemory
 from hostd.drivers.oci.monitor import MONITOR
@@ -43,6 +43,9 @@ from hostd.errors import (
     StartFailed,
 )
 from hostd.journal import Handle
+from hostd.memory.events import MemoryEvents
+from hostd.memory.values import Mechanism, MemoryEvent, MemoryNow, Resized
+from hostd.memory.waiting import wait_for_target
 from hostd.process import WatchedProcess
 from hostd.spec import Command, Resources
 from hostd.tasks import OwnedTasks
@@ -164,6 +167,7 @@ class OciEngine:
         self.memory_group = SandboxMemory(place.cgroups, place.uid)
         self._kernel: asyncio.Future[str] = asyncio.get_running_loop().create_future()
         self._tasks = OwnedTasks()
+        self._memory_events = MemoryEvents()
         self.main_ended = False
         self._follow: asyncio.Task[None] | None = None
 
@@ -301,14 +305,22 @@ class OciEngine:
 
     # Resources.
 
-    async def resize(self, resources: Resources) -> None:
+    async def resize(self, resources: Resources, *, deadline_s: float = 0.0) -> Resized:
         """See Engine.resize. Growing is done when this returns; shrinking goes on until the memory is there."""
         await self._stop_following()
+        before_mib = (await self.memory()).actual_mib
         target = limits_for(resources, self.place.runtime)
         reached = await asyncio.to_thread(self.memory_group.step, target.memory_bytes)
         if not reached:
             self._follow = self._tasks.spawn(self._shrink(target.memory_bytes), name=f"shrink {self.place.uid}")
         await asyncio.to_thread(self._set_rest, target, upper_mib(resources))
+        return await wait_for_target(
+            self.memory, resources.memory_mib, before_mib, deadline_s, resources.vcpus, Mechanism.CGROUP
+        )
+
+    def memory_events(self) -> AsyncIterator[MemoryEvent]:
+        """See Engine.memory_events. A cgroup tells nothing: what it suffers is in its counters."""
+        return self._memory_events()
 
     def _set_rest(self, target: Limits, writable_mib: int) -> None:
         now = replace(target, memory_bytes=self.memory_group.limit_bytes())
@@ -345,6 +357,7 @@ class OciEngine:
 
     async def detach(self) -> None:
         """See Engine.detach. Idempotent."""
+        self._memory_events.close()
         await self._tasks.aclose()
         await self.link.close()
         self._process.close()

@@ -7,6 +7,7 @@ and leaves the guest running; the driver's destroy() ends it.
 from __future__ import annotations
 
 import asyncio
+from collections.abc import AsyncIterator
 from dataclasses import dataclass
 
 from guestagent.errors import BadRequest
@@ -14,12 +15,15 @@ from guestagent.messages import MAIN_PROC, StartProcess
 from hostd.agentlink import AgentLink
 from hostd.agentprocess import AgentProcess
 from hostd.cgroups import Hierarchy
-from hostd.drivers.contract import Loss, MemoryNow, Region
+from hostd.drivers.contract import Loss, Region
 from hostd.drivers.qemu.control import Control
 from hostd.drivers.qemu.plan import limits_for
 from hostd.drivers.qemu.vmm import first_loss
 from hostd.errors import ControlLost, HostdError, InvalidSpec
 from hostd.journal import Handle
+from hostd.memory.events import MemoryEvents
+from hostd.memory.values import MemoryEvent, MemoryNow, MemorySignals, Resized
+from hostd.memory.waiting import wait_for_target
 from hostd.process import WatchedProcess
 from hostd.regions import regions_of
 from hostd.spec import Command, MemoryShape, Resources
@@ -54,6 +58,7 @@ class QemuEngine:
         self._resumed = resumed
         self._uid, self._parts, self._cgroups = uid, parts, cgroups
         self._shape = MemoryShape(handle.base_mib, handle.elastic_mib)
+        self._memory_events = MemoryEvents()
 
     @property
     def link(self) -> AgentLink:
@@ -93,21 +98,33 @@ class QemuEngine:
                 link.abandon(process)
         return main
 
-    async def resize(self, resources: Resources) -> None:
+    async def resize(self, resources: Resources, *, deadline_s: float = 0.0) -> Resized:
         """See Engine.resize."""
         limits = limits_for(resources, restored=bool(self.handle.checkpoint))
+        before_mib = (await self.memory()).actual_mib
         try:
             await asyncio.to_thread(self._cgroups.set_limits, self._uid, limits)
         except HostdError as error:
             raise ControlLost(str(error)) from error
+        wanted_mib = self._shape.requested_mib(resources.memory_mib)
         if self._shape.elastic_mib:
-            await self._parts.control.request_elastic_mib(self._shape.requested_mib(resources.memory_mib))
+            await self._parts.control.request_elastic_mib(wanted_mib)
+        return await wait_for_target(
+            self.memory, self._shape.base_mib + wanted_mib, before_mib, deadline_s, self.handle.vcpus
+        )
+
+    def memory_events(self) -> AsyncIterator[MemoryEvent]:
+        """See Engine.memory_events."""
+        return self._memory_events()
 
     async def memory(self) -> MemoryNow:
         """See Engine.memory."""
         elastic = await self._parts.control.elastic_mib() if self._shape.elastic_mib else 0
         stats = await self._parts.link.stats()
-        return MemoryNow(self._shape.base_mib + elastic, stats.mem_available_kib >> 10)
+        signals = MemorySignals(
+            stats.psi_mem_some_us, stats.psi_mem_full_us, refaults=stats.refault, oom_kills=stats.oom_kills
+        )
+        return MemoryNow(self._shape.base_mib + elastic, stats.mem_available_kib >> 10, elastic, signals=signals)
 
     async def regions(self) -> list[Region]:
         """See Engine.regions."""
@@ -119,6 +136,7 @@ class QemuEngine:
 
     async def detach(self) -> None:
         """See Engine.detach. Idempotent."""
+        self._memory_events.close()
         await self._parts.link.close()
         await self._parts.control.close()
         self._parts.process.close()

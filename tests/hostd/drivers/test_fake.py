@@ -13,6 +13,7 @@ from hostd.drivers.contract import Driver, StartPlan
 from hostd.drivers.fake import FakeDriver
 from hostd.errors import ControlLost, StartFailed
 from hostd.journal import Handle
+from hostd.memory.values import Mechanism, MemoryEvent, MemoryEventKind, ShortfallCause
 from hostd.spec import Resources
 from tests.contract.driver_suite import FLOOD_BYTES, DriverSuite, Handles, Programs, Rig, command, spec_of
 
@@ -76,6 +77,33 @@ async def test_memory_follows_as_slowly_and_as_far_as_it_is_told() -> None:
     driver.faults.control = ControlLost("no answer")
     with pytest.raises(ControlLost):
         await engine.memory()
+
+
+async def test_a_resize_that_falls_short_says_why() -> None:
+    driver = FakeDriver()
+    engine = await driver.start(plan_of("a"), Handles())
+    driver.faults.most_mib = 400
+    grown = await engine.resize(Resources(256, 768, 768, 1000), deadline_s=1)
+    assert (grown.actual_mib, grown.shortfall_mib, grown.cause) == (400, 368, ShortfallCause.HOST_FULL)
+    assert [(moved.mechanism, moved.mib) for moved in grown.moved] == [(Mechanism.VIRTIO_MEM, 144)]
+    driver.faults.most_mib, driver.faults.least_mib = None, 300
+    shrunk = await engine.resize(Resources(256, 768, 256, 1000), deadline_s=1)
+    assert (shrunk.actual_mib, shrunk.shortfall_mib, shrunk.cause) == (300, 44, ShortfallCause.IN_USE)
+    driver.faults.follow_s = 3600
+    silent = await engine.resize(Resources(256, 768, 768, 1000), deadline_s=0.01)
+    assert (silent.actual_mib, silent.cause, silent.moved) == (300, ShortfallCause.UNCOOPERATIVE, ())
+    waiting = await engine.resize(Resources(256, 768, 768, 1000))
+    assert waiting.cause is ShortfallCause.FOLLOWING
+
+
+async def test_memory_events_are_the_newest_and_end_with_the_machine() -> None:
+    driver = FakeDriver()
+    engine = await driver.start(plan_of("a"), Handles())
+    events = engine.memory_events()
+    for number in range(100):
+        driver.tell_memory("a", MemoryEvent(MemoryEventKind.PRESSURE, 10, 256, wants_mib=number))
+    driver.crash("a")
+    assert [event.wants_mib async for event in events] == list(range(36, 100))
 
 
 async def test_used_memory_is_not_available(tmp_path: Path) -> None:
