@@ -31,6 +31,7 @@ from guestagent.messages import (
     Synced,
 )
 from guestagent.protocol import AgentSession, SessionCarry
+from tests.once import one_at_a_time
 
 SOURCE = Path(__file__).parents[2] / "guestagent" / "src"
 DEADLINE_S = 20.0
@@ -51,9 +52,11 @@ def why_not_here() -> str:
 def built(target: str) -> Path:
     """A target of the agent's Makefile, brought up to date. Fails with the compiler's words."""
     path = SOURCE.parent / "_build" / target
-    done = subprocess.run(
-        ["make", "-s", "-C", str(SOURCE), f"../_build/{target}"], capture_output=True, text=True, timeout=240
-    )
+    path.parent.mkdir(exist_ok=True)
+    with one_at_a_time(path.parent / ".making"):
+        done = subprocess.run(
+            ["make", "-s", "-C", str(SOURCE), f"../_build/{target}"], capture_output=True, text=True, timeout=240
+        )
     assert done.returncode == 0, done.stdout + done.stderr
     return path
 
