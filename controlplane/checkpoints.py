@@ -17,6 +17,7 @@ from controlplane.api.v1 import checkpoints_pb2
 from controlplane.edge.checkpoints import parse_checkpoint
 from controlplane.errors import AlreadyExists, NotFound, OperationError, Precondition, Unavailable
 from controlplane.model import Checkpoint, Host, Sandbox
+from controlplane.quotas import UNBOUNDED, Quota, require_checkpoint_within
 from controlplane.relay import HostLinks, answer
 from controlplane.requests import Creation, Forking, Restoration
 from controlplane.sandboxes import Sandboxes
@@ -47,15 +48,26 @@ class Forked:
 class Checkpoints:
     """See the module."""
 
-    def __init__(self, sandboxes: Sandboxes, locator: Locator, view: View, links: HostLinks) -> None:
+    def __init__(
+        self, sandboxes: Sandboxes, locator: Locator, view: View, links: HostLinks,
+        *, quota_of: Callable[[str], Quota] = lambda _: UNBOUNDED,
+    ) -> None:  # fmt: skip
+        self._quota_of = quota_of
         self._sandboxes, self._locator, self._view, self._links = sandboxes, locator, view, links
 
     async def create(self, tenant: str, sandbox: str, name: str, request_id: str) -> Checkpoint:
         """See CreateCheckpoint."""
         return await self._take(tenant, sandbox, name, request_id, ephemeral=False)
 
+    async def _require_quota(self, source: Sandbox) -> None:
+        quota = self._quota_of(source.tenant)
+        if quota.checkpoint_mib is not None:
+            listed = await self.listed(source.tenant)
+            require_checkpoint_within(quota, listed.checkpoints, source)
+
     async def _take(self, tenant: str, sandbox: str, name: str, request_id: str, *, ephemeral: bool) -> Checkpoint:
         place = await self._locator.running(tenant, sandbox)
+        await self._require_quota(place.sandbox)
         known = f"{tenant}/{place.sandbox.uid}/{request_id}".encode()
         key = hashlib.sha256(known).hexdigest()[:16] if request_id else secrets.token_hex(8)
         request = checkpoints_pb2.TakeCheckpointRequest(

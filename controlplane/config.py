@@ -7,7 +7,7 @@ lost_grace_s = 30                   how long after that its sandboxes are given 
 history_s = 600                     how far back a watch may begin
 kept_events = 10000                 how many events are kept
 [quotas.TENANT]                     how much a tenant may have at once, each key optional:
-sandboxes, memory_min_mib, cpu_milli    live sandboxes, the sum of their guarantees, the sum of their CPU
+sandboxes, memory_min_mib, memory_max_mib, cpu_milli, images, image_mib, checkpoint_mib     see quotas.py
 """
 
 from __future__ import annotations

@@ -1,10 +1,12 @@
 """The edge every RPC passes: who calls, may they, how long may it take, and errors to statuses. Once, here.
 
-    async with gate.admit(context, USERS) as caller: ...
+    async with gate.admit(context) as caller: ...
 
-Roles come from the peer's certificate. An operator acts as tenant `default` unless the call's metadata names another
-one (`sandloom-tenant`); nobody else may say who they are. What leaves the block as an error becomes a gRPC status with
-details (api/status.py); anything that is not one of ours is a bug, is logged with its trace and told as INTERNAL.
+Roles come from the peer's certificate, and access.py says which of them may call a method. An operator acts as tenant
+`default` unless the call's metadata names another one (`sandloom-tenant`); nobody else may say who they are, and a
+tenant's certificate counts only as long as the tenant is recorded. What leaves the block as an error becomes a gRPC
+status with details (api/status.py); anything that is not one of ours is a bug, is logged with its trace and told as
+INTERNAL.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ import inspect
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import aclosing, asynccontextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -21,10 +24,12 @@ import grpc
 import grpc.aio
 from google.protobuf.message import DecodeError
 
+from controlplane import access
 from controlplane.api.errors import ControlPlaneError
 from controlplane.api.identity import NAME_PATTERN, Identity, Role, peer_identity
 from controlplane.api.status import Condition, Failure, abort, parse_error
-from controlplane.errors import Denied, IdentityError, Invalid, OperationError, Unavailable
+from controlplane.errors import Denied, IdentityError, Invalid, NotFound, OperationError, Unavailable
+from controlplane.tenancy import DEFAULT_TENANT
 
 log = logging.getLogger("sandloom.controlplane.gate")
 
@@ -35,7 +40,6 @@ if TYPE_CHECKING:
 else:
     Interceptor = grpc.aio.ServerInterceptor
 
-DEFAULT_TENANT = "default"
 TENANT_HEADER = "sandloom-tenant"
 UNARY_DEADLINE_S = 30.0
 """How long a call that answers once may take when the client set no deadline of its own."""
@@ -43,9 +47,8 @@ UNARY_DEADLINE_S = 30.0
 GARBLED = object()
 """In the place of a request that cannot be read."""
 
-USERS = frozenset({Role.OPERATOR, Role.TENANT})
-OPERATORS = frozenset({Role.OPERATOR})
-HOSTS = frozenset({Role.HOST})
+_METHOD: ContextVar[str] = ContextVar("method", default="")
+"""The full name of the method whose handler runs."""
 
 
 @dataclass(frozen=True)
@@ -64,20 +67,22 @@ class Caller:
 class Gate(Interceptor):
     """One server's gate, and an interceptor of it. `close` ends every call that is open."""
 
-    def __init__(self, *, unary_deadline_s: float = UNARY_DEADLINE_S) -> None:
-        self.unary_deadline_s = unary_deadline_s
+    def __init__(
+        self, is_tenant: Callable[[str], bool], *, unary_deadline_s: float = UNARY_DEADLINE_S
+    ) -> None:  # fmt: skip
+        self._is_tenant, self.unary_deadline_s = is_tenant, unary_deadline_s
         self._sending: set[asyncio.Task[Any]] = set()
         self._open: set[asyncio.Task[Any]] = set()
         self._closing = False
 
     @asynccontextmanager
-    async def admit(self, context: Context, roles: frozenset[Role], *, stream: bool = False) -> AsyncIterator[Caller]:
-        """The caller, if its role is one of `roles`. A stream may last; other calls have a deadline in any case."""
+    async def admit(self, context: Context, *, stream: bool = False) -> AsyncIterator[Caller]:
+        """The caller, if its role may call this method. A stream may last; other calls have a deadline in any case."""
         task = asyncio.current_task()
         assert task is not None
         self._open.add(task)
         try:
-            caller = _caller(context, roles)
+            caller = self._caller(context)
             if self._closing:
                 raise _stopping()
             unbounded = stream or context.time_remaining() is not None
@@ -113,16 +118,17 @@ class Gate(Interceptor):
     ) -> Handler:
         """Marks which streams are about to send: a task that is cancelled inside grpc's own code sends no status.
         Refuses requests that are no messages, which grpc's own code would tell of without details."""
-        handler = await continuation(handler_call_details)
+        handler, method = await continuation(handler_call_details), str(handler_call_details.method)
         if handler and inspect.iscoroutinefunction(handler.unary_unary):
             return grpc.unary_unary_rpc_method_handler(
-                _read(handler.unary_unary), _parser(handler.request_deserializer), handler.response_serializer
+                _read(handler.unary_unary, method), _parser(handler.request_deserializer), handler.response_serializer
             )
         inner: Any = handler and (handler.unary_stream or handler.stream_stream)
         if not inspect.isasyncgenfunction(inner):
             return handler
 
         async def marked(request: Any, context: Context) -> AsyncIterator[Any]:
+            _METHOD.set(method)
             task = asyncio.current_task()
             assert task is not None
             if request is GARBLED:
@@ -141,6 +147,28 @@ class Gate(Interceptor):
             parse = _parser(handler.request_deserializer)
             return grpc.unary_stream_rpc_method_handler(marked, parse, handler.response_serializer)
         return grpc.stream_stream_rpc_method_handler(marked, handler.request_deserializer, handler.response_serializer)
+
+    def _caller(self, context: Context) -> Caller:
+        identity, roles = peer_identity(context.auth_context()), access.roles_of(_METHOD.get())
+        if identity.role not in roles:
+            wanted = " or ".join(sorted(role.value for role in roles)) or "nobody: no role is named for this method"
+            raise Denied("WrongRole", f"{identity} may not do this: it takes the certificate of a {wanted}")
+        asked = [str(value) for key, value in context.invocation_metadata() or () if key == TENANT_HEADER]
+        if identity.role is Role.TENANT:
+            if asked and asked != [identity.name]:
+                raise Denied("WrongTenant", f"{identity} may not act for tenant {asked[0]!r}")
+            if not self._is_tenant(identity.name):
+                raise Denied("TenantUnknown", f"{identity} is not recorded (any more): ask an operator")
+            return Caller(identity, identity.name)
+        if identity.role is not Role.OPERATOR:
+            return Caller(identity, "")
+        tenant = asked[0] if asked else DEFAULT_TENANT
+        if not NAME_PATTERN.fullmatch(tenant):
+            raise Invalid(TENANT_HEADER, f"{tenant!r} is not a tenant's name: it must match {NAME_PATTERN.pattern}")
+        if not self._is_tenant(tenant):
+            text = f"there is no tenant {tenant}: `sandloom tenants create {tenant}` makes it"
+            raise NotFound("TenantNotFound", text, tenant=tenant)
+        return Caller(identity, tenant)
 
     async def close(self, grace_s: float) -> None:
         """Ends every open call, and every later one, with UNAVAILABLE (ServerStopping); returns when they have ended,
@@ -166,10 +194,11 @@ def _parser(parse: Any) -> Callable[[bytes], Any]:
     return parsed
 
 
-def _read(answer: Any) -> Any:
+def _read(answer: Any, method: str) -> Any:
     """`answer`, for requests that could be read."""
 
     async def read(request: Any, context: Context) -> Any:
+        _METHOD.set(method)
         if request is GARBLED:
             await _refuse_garbled(context)
         return await answer(request, context)
@@ -192,21 +221,3 @@ def failure_of(error: ControlPlaneError) -> Failure:
         return error.failure()
     condition = Condition.UNAUTHENTICATED if isinstance(error, IdentityError) else Condition.INTERNAL
     return Failure(condition, type(error).__name__, str(error))
-
-
-def _caller(context: Context, roles: frozenset[Role]) -> Caller:
-    identity = peer_identity(context.auth_context())
-    if identity.role not in roles:
-        wanted = " or ".join(sorted(role.value for role in roles))
-        raise Denied("WrongRole", f"{identity} may not do this: it takes the certificate of a {wanted}")
-    asked = [value for key, value in context.invocation_metadata() or () if key == TENANT_HEADER]
-    if identity.role is Role.TENANT:
-        if asked and asked != [identity.name]:
-            raise Denied("WrongTenant", f"{identity} may not act for tenant {asked[0]!r}")
-        return Caller(identity, identity.name)
-    if identity.role is not Role.OPERATOR:
-        return Caller(identity, "")
-    tenant = str(asked[0]) if asked else DEFAULT_TENANT
-    if not NAME_PATTERN.fullmatch(tenant):
-        raise Invalid(TENANT_HEADER, f"{tenant!r} is not a tenant's name: it must match {NAME_PATTERN.pattern}")
-    return Caller(identity, tenant)

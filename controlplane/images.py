@@ -7,13 +7,15 @@ of digests is only ever used to take entries back.
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Callable
 from dataclasses import replace
 
 from controlplane import codec, events, keys, lifecycle
-from controlplane.errors import Conflict, NotFound, Precondition, Unavailable
+from controlplane.errors import Conflict, Exhausted, NotFound, Precondition, Unavailable
 from controlplane.model import Event, Host, Image, Residency, Sandbox
+from controlplane.quotas import UNBOUNDED, Quota, require_image_within, require_name_within
 from controlplane.store.contract import Delete, Expect, Put, Record, Store, Write
 from controlplane.view import View
 
@@ -25,8 +27,17 @@ SETTLE_S = 30.0
 class Images:
     """See the module."""
 
-    def __init__(self, store: Store, view: View, *, now_s: Callable[[], float] = time.time) -> None:
+    def __init__(
+        self,
+        store: Store,
+        view: View,
+        *,
+        quota_of: Callable[[str], Quota] = lambda _: UNBOUNDED,
+        now_s: Callable[[], float] = time.time,
+    ) -> None:
         self._store, self._view, self._now_s = store, view, now_s
+        self._quota_of = quota_of
+        self._binding = asyncio.Lock()  # so that a quota is decided on what is there
 
     async def get(self, tenant: str, name_or_digest: str) -> Image:
         """By name or digest. NotFound says how to get it."""
@@ -57,9 +68,24 @@ class Images:
             raise Unavailable("NoHost", f"{who}: start its sandloom-hostd, then import again", host=wanted)
         return max(ready, key=lambda host: (host.capacity.disk_free_mib, host.name))
 
+    def require_name(self, tenant: str, name: str) -> None:
+        """Exhausted when the tenant may not have one more image, before any of it is sent."""
+        require_name_within(self._quota_of(tenant), self.of(tenant), tenant, name)
+
     async def bind(self, image: Image, host: str) -> Image:
-        """Binds the name to what `host` has just imported, replacing what it was bound to. Idempotent."""
+        """Binds the name to what `host` has just imported, replacing what it was bound to. Idempotent.
+
+        Exhausted when the tenant may not have that much: then the host may forget it."""
+        async with self._binding:
+            return await self._bind(image, host)
+
+    async def _bind(self, image: Image, host: str) -> Image:
         held = Residency(image.tenant, image.digest, host, self._now_s())
+        try:
+            require_image_within(self._quota_of(image.tenant), self.of(image.tenant), image)
+        except Exhausted:  # recorded as held, so that the reconciler has the host forget it
+            await self._store.commit([Put(keys.residency(image.tenant, image.digest, host), codec.encode(held))])
+            raise
         text = f"bound to {image.digest}, {image.size_bytes >> 20} MiB in {len(image.layers)} layers"
         writes: list[Write] = [
             Put(keys.image(image.tenant, image.name), codec.encode(image)),

@@ -10,6 +10,7 @@ residency/<tenant>/<digest>/<host>   Residency
 pools/<tenant>/<name>                Pool
 hosts/<host>                         Host
 alive/<host>                         present as long as the host's lease is
+tenants/<tenant>                     Tenant
 placements/<host>                    uid last placed there; guards the host against two placements of one view
 events/<time_ns>-<random>            Event
 """
@@ -20,7 +21,7 @@ ALL = ""
 SANDBOXES, UIDS, NAMES, REQUESTS = "sandboxes/", "uids/", "names/", "requests/"
 IMAGES, IMAGE_USE, RESIDENCY = "images/", "image-use/", "residency/"
 HOSTS, ALIVE, PLACEMENTS, EVENTS = "hosts/", "alive/", "placements/", "events/"
-POOLS = "pools/"
+POOLS, TENANTS = "pools/", "tenants/"
 
 
 def sandboxes_of(tenant: str) -> str:
@@ -88,6 +89,11 @@ def pools_of(tenant: str) -> str:
 def pool(tenant: str, of: str) -> str:
     """The key of one warm pool."""
     return f"{POOLS}{tenant}/{of}"
+
+
+def tenant(of: str) -> str:
+    """The key of a tenant's record."""
+    return f"{TENANTS}{of}"
 
 
 def host(of: str) -> str:

@@ -10,7 +10,7 @@ import asyncio
 import hashlib
 import secrets
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import replace
 
 from controlplane import codec, events, keys
@@ -19,7 +19,7 @@ from controlplane.errors import AlreadyExists, Conflict, Invalid, NotFound
 from controlplane.images import Images
 from controlplane.model import Event, Pool
 from controlplane.poolspread import PoolState, state_of
-from controlplane.quotas import Quota, require_pool_within
+from controlplane.quotas import UNBOUNDED, Quota, require_pool_within
 from controlplane.requests import PoolCreation, UsedRequest
 from controlplane.store.contract import Delete, Expect, Put, Store, Write
 from controlplane.view import View
@@ -33,10 +33,10 @@ class Pools:
 
     def __init__(
         self, store: Store, view: View, images: Images,
-        *, quotas: Mapping[str, Quota] | None = None, now_s: Callable[[], float] = time.time,
+        *, quota_of: Callable[[str], Quota] = lambda _: UNBOUNDED, now_s: Callable[[], float] = time.time,
     ) -> None:  # fmt: skip
         self._store, self._view, self._images, self._now_s = store, view, images, now_s
-        self._quotas = quotas or {}
+        self._quota_of = quota_of
         self._changing = asyncio.Lock()  # so that a quota is decided on what is there
 
     async def get(self, tenant: str, name: str) -> Pool:
@@ -136,8 +136,8 @@ class Pools:
         raise Conflict("Busy", f"pool {name} changes too fast: retry")
 
     def _require_quota(self, pool: Pool) -> None:
-        quota = self._quotas.get(pool.tenant)
-        if quota is not None:
+        quota = self._quota_of(pool.tenant)
+        if quota != UNBOUNDED:
             view = self._view
             mine = [s for s in view.sandboxes.values() if s.tenant == pool.tenant]
             require_pool_within(quota, mine, [p for p in view.pools.values() if p.tenant == pool.tenant], pool)

@@ -46,11 +46,18 @@ class Records:
         page = await self._store.page(keys.sandboxes_named(tenant, name_or_uid))
         found = [stored_sandbox(record) for record in page.records]
         if not found:
-            stored = await self.find_uid(name_or_uid)
-            if stored is None or stored.sandbox.tenant != tenant:
+            stored = await self._find_own_uid(tenant, name_or_uid)
+            if stored is None:
                 raise NotFound("SandboxNotFound", f"there is no sandbox {name_or_uid}", sandbox=name_or_uid)
             return stored
         return max(found, key=lambda s: (s.sandbox.status.phase not in lifecycle.ENDED, s.record.create_revision))
+
+    async def _find_own_uid(self, tenant: str, uid: str) -> Stored | None:
+        """By uid, of this tenant; another's is not read, so that it answers as soon as one that is not there."""
+        pointer = await self._store.get(keys.uid(uid))
+        key = pointer.value.decode() if pointer else ""
+        record = await self._store.get(key) if key.startswith(keys.sandboxes_of(tenant)) else None
+        return stored_sandbox(record) if record else None
 
     async def find_uid(self, uid: str) -> Stored | None:
         """By uid, of any tenant."""

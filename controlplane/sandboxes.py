@@ -10,17 +10,18 @@ import asyncio
 import hashlib
 import secrets
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import replace
 
 from controlplane import codec, keys, lifecycle, names, scheduler, transitions
 from controlplane.errors import AlreadyExists, Conflict, Exhausted, Invalid, NotFound, Precondition
 from controlplane.images import Images
 from controlplane.model import Checkpoint, DesiredState, LayerSize, Phase, Sandbox, SandboxStatus
-from controlplane.quotas import Quota, require_within
+from controlplane.quotas import UNBOUNDED, require_within
 from controlplane.records import Records, Stored, stored_sandbox
 from controlplane.requests import Creation, ResizeWish, UsedRequest
 from controlplane.store.contract import Expect, Put, Store, Write
+from controlplane.tenants import Tenants
 from controlplane.view import View
 
 ATTEMPTS = 16
@@ -32,10 +33,10 @@ class Sandboxes:
 
     def __init__(
         self, store: Store, view: View, records: Records, images: Images,
-        *, quotas: Mapping[str, Quota] | None = None, now_s: Callable[[], float] = time.time,
+        tenants: Tenants, *, now_s: Callable[[], float] = time.time,
     ) -> None:  # fmt: skip
         self._store, self._view, self._records, self._images, self._now_s = store, view, records, images, now_s
-        self._quotas = quotas or {}
+        self._tenants = tenants
         self._placing = asyncio.Lock()
 
     # Creating.
@@ -86,6 +87,7 @@ class Sandboxes:
             vcpus=spec.resources.vcpus,
             layers=tuple(LayerSize(layer.digest, layer.size_bytes) for layer in image.layers),
         )
+        self._tenants.require_class(tenant, spec.sandbox_class)
         self._require_quota(sandbox)
         placed, guards = self._place(sandbox)
         if asked.validate_only:
@@ -139,8 +141,8 @@ class Sandboxes:
         return replace(placed, revision=revision)
 
     def _require_quota(self, sandbox: Sandbox) -> None:
-        quota = self._quotas.get(sandbox.tenant)
-        if quota is not None:
+        quota = self._tenants.quota(sandbox.tenant)
+        if quota != UNBOUNDED:
             mine = (s for s in self._view.sandboxes.values() if s.tenant == sandbox.tenant)
             pools = [pool for pool in self._view.pools.values() if pool.tenant == sandbox.tenant]
             require_within(quota, mine, sandbox, pools)

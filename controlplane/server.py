@@ -36,6 +36,8 @@ from controlplane.api.v1 import (
     pools_pb2_grpc,
     sandboxes_pb2,
     sandboxes_pb2_grpc,
+    tenants_pb2,
+    tenants_pb2_grpc,
 )
 from controlplane.checkpoints import Checkpoints
 from controlplane.config import Config, load
@@ -57,9 +59,11 @@ from controlplane.service_images import ImagesService
 from controlplane.service_pools import PoolsService
 from controlplane.service_sandboxes import SandboxesService
 from controlplane.service_streams import Streams
+from controlplane.service_tenants import TenantsService
 from controlplane.store.contract import Store
 from controlplane.store.sqlite import open_sqlite
 from controlplane.streams import Locator
+from controlplane.tenants import Tenants
 from controlplane.view import View
 
 log = logging.getLogger("sandloom.controlplane")
@@ -72,6 +76,7 @@ SERVICES = (
     hosts_pb2.DESCRIPTOR.services_by_name["HostSync"].full_name,
     pools_pb2.DESCRIPTOR.services_by_name["Pools"].full_name,
     checkpoints_pb2.DESCRIPTOR.services_by_name["Checkpoints"].full_name,
+    tenants_pb2.DESCRIPTOR.services_by_name["Tenants"].full_name,
 )
 
 
@@ -81,20 +86,21 @@ class ControlPlane:
     def __init__(self, config: Config, store: Store, links: HostLinks) -> None:
         self.config, self.store, self.links = config, store, links
         self.view = View(store)
-        self.gate = Gate()
+        self.tenants = Tenants(store, self.view, dict(config.quotas))
+        self.gate = Gate(lambda name: self.tenants.find(name) is not None)
         self.event_log = EventLog(store, kept=config.kept_events)
-        self.images = Images(store, self.view)
+        self.images = Images(store, self.view, quota_of=self.tenants.quota)
         self.records = Records(store, self.view)
         self.reports = Reports(store, self.records)
-        self.sandboxes = Sandboxes(store, self.view, self.records, self.images, quotas=dict(config.quotas))
-        self.pools = Pools(store, self.view, self.images, quotas=dict(config.quotas))
+        self.sandboxes = Sandboxes(store, self.view, self.records, self.images, self.tenants)
+        self.pools = Pools(store, self.view, self.images, quota_of=self.tenants.quota)
         self.registry = Registry(store, self.view, self.images, config.lease_s)
         self.reconciler = Reconciler(
             store, self.view, self.records, self.sandboxes, self.images, links, self.event_log,
             lost_grace_s=config.lost_grace_s, history_s=config.history_s,
         )  # fmt: skip
         self.locator = Locator(self.records, self.view)
-        self.checkpoints = Checkpoints(self.sandboxes, self.locator, self.view, links)
+        self.checkpoints = Checkpoints(self.sandboxes, self.locator, self.view, links, quota_of=self.tenants.quota)
         self.health = aio_health.HealthServicer()
 
     def add_to(self, server: grpc.aio.Server) -> None:
@@ -113,6 +119,7 @@ class ControlPlane:
         )
         checkpoints_pb2_grpc.add_CheckpointsServicer_to_server(CheckpointsService(self.gate, self.checkpoints), server)
         pools_pb2_grpc.add_PoolsServicer_to_server(PoolsService(self.gate, self.store, self.pools), server)
+        tenants_pb2_grpc.add_TenantsServicer_to_server(TenantsService(self.gate, self.tenants, self.view), server)
         health_pb2_grpc.add_HealthServicer_to_server(self.health, server)
         reflection.enable_server_reflection((*SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
 

@@ -14,7 +14,7 @@ from controlplane.edge import sandboxes as sandbox_edge
 from controlplane.edge.pools import render_assignments
 from controlplane.errors import Denied
 from controlplane.events import EventLog
-from controlplane.gate import HOSTS, OPERATORS, Caller, Context, Gate
+from controlplane.gate import Caller, Context, Gate
 from controlplane.listing import list_page
 from controlplane.model import Host
 from controlplane.registry import Registry
@@ -31,13 +31,13 @@ class HostsService(hosts_pb2_grpc.HostsServicer):
 
     async def GetHost(self, request: hosts_pb2.GetHostRequest, context: Context) -> hosts_pb2.Host:
         """See hosts.proto."""
-        async with self._gate.admit(context, OPERATORS):
+        async with self._gate.admit(context):
             host = await self._registry.get(sandbox_edge.parse_name(request.name))
             return edge.render_host(host, ready=self._registry.is_ready(host.name))
 
     async def ListHosts(self, request: hosts_pb2.ListHostsRequest, context: Context) -> hosts_pb2.ListHostsResponse:
         """See hosts.proto."""
-        async with self._gate.admit(context, OPERATORS):
+        async with self._gate.admit(context):
             listed = await list_page(
                 self._store, Host, keys.HOSTS, page_size=request.page_size, page_token=request.page_token, of="hosts"
             )
@@ -60,7 +60,7 @@ class HostSyncService(hosts_pb2_grpc.HostSyncServicer):
 
     async def ReportHost(self, request: hosts_pb2.ReportHostRequest, context: Context) -> hosts_pb2.ReportHostResponse:
         """See hosts.proto."""
-        async with self._gate.admit(context, HOSTS) as caller:
+        async with self._gate.admit(context) as caller:
             _require_itself(caller, request.host.name)
             lease_s = await self._registry.report(edge.parse_host(request.host, self._now_s()))
             return hosts_pb2.ReportHostResponse(lease_s=lease_s)
@@ -69,7 +69,7 @@ class HostSyncService(hosts_pb2_grpc.HostSyncServicer):
         self, request: hosts_pb2.WatchAssignmentsRequest, context: Context
     ) -> AsyncIterator[sandboxes_pb2.SandboxEvent]:
         """See hosts.proto."""
-        async with self._gate.admit(context, HOSTS, stream=True) as caller:
+        async with self._gate.admit(context, stream=True) as caller:
             _require_itself(caller, request.host)
             async with aclosing(watching.watch_assignments(self._view, request.host)) as changes:
                 async for told in changes:
@@ -79,7 +79,7 @@ class HostSyncService(hosts_pb2_grpc.HostSyncServicer):
         self, request: hosts_pb2.WatchPoolsRequest, context: Context
     ) -> AsyncIterator[pools_pb2.PoolAssignments]:
         """See hosts.proto."""
-        async with self._gate.admit(context, HOSTS, stream=True) as caller:
+        async with self._gate.admit(context, stream=True) as caller:
             _require_itself(caller, request.host)
             async with aclosing(watching.watch_pools(self._view, request.host)) as changes:
                 async for shares in changes:
@@ -89,7 +89,7 @@ class HostSyncService(hosts_pb2_grpc.HostSyncServicer):
         self, request: hosts_pb2.ReportSandboxRequest, context: Context
     ) -> hosts_pb2.ReportSandboxResponse:
         """See hosts.proto."""
-        async with self._gate.admit(context, HOSTS) as caller:
+        async with self._gate.admit(context) as caller:
             _require_itself(caller, request.host)
             await self._reports.take(sandbox_edge.parse_report(request))
             return hosts_pb2.ReportSandboxResponse()
@@ -98,7 +98,7 @@ class HostSyncService(hosts_pb2_grpc.HostSyncServicer):
         self, request: hosts_pb2.RecordEventRequest, context: Context
     ) -> hosts_pb2.RecordEventResponse:
         """See hosts.proto."""
-        async with self._gate.admit(context, HOSTS) as caller:
+        async with self._gate.admit(context) as caller:
             host = caller.identity.name
             _require_itself(caller, request.event.host or host)
             tenant = self._tenant_of(host, request.event)

@@ -11,8 +11,8 @@ from controlplane import keys
 from controlplane.api.v1 import images_pb2, images_pb2_grpc
 from controlplane.edge import hosts as edge
 from controlplane.edge.sandboxes import MAX_WORDS
-from controlplane.errors import Invalid, NotFound
-from controlplane.gate import USERS, Context, Gate
+from controlplane.errors import Denied, Invalid, NotFound
+from controlplane.gate import Context, Gate
 from controlplane.images import Images
 from controlplane.listing import list_page
 from controlplane.model import Image
@@ -38,9 +38,12 @@ class ImagesService(images_pb2_grpc.ImagesServicer):
         self, request_iterator: Requests, context: Context
     ) -> AsyncIterator[images_pb2.ImportImageResponse]:
         """See images.proto."""
-        async with self._gate.admit(context, USERS, stream=True) as caller:
+        async with self._gate.admit(context, stream=True) as caller:
             start = await _start_of(request_iterator)
             name = edge.parse_image_name(start.name, "start.name")
+            if start.host and not caller.is_operator:
+                raise Denied("OperatorOnly", "only an operator chooses the host that an image goes to: leave it out")
+            self._images.require_name(caller.tenant, name)
             host = self._images.host_for_import(start.host)
             stub = await self._links.stub(host)
             first = images_pb2.ImportImageRequest(start=start)
@@ -55,14 +58,14 @@ class ImagesService(images_pb2_grpc.ImagesServicer):
 
     async def GetImage(self, request: images_pb2.GetImageRequest, context: Context) -> images_pb2.Image:
         """See images.proto."""
-        async with self._gate.admit(context, USERS) as caller:
+        async with self._gate.admit(context) as caller:
             return self._rendered(await self._images.get(caller.tenant, edge.parse_image_reference(request.name)))
 
     async def ListImages(
         self, request: images_pb2.ListImagesRequest, context: Context
     ) -> images_pb2.ListImagesResponse:
         """See images.proto."""
-        async with self._gate.admit(context, USERS) as caller:
+        async with self._gate.admit(context) as caller:
             listed = await list_page(
                 self._store,
                 Image,
@@ -81,7 +84,7 @@ class ImagesService(images_pb2_grpc.ImagesServicer):
         self, request: images_pb2.DeleteImageRequest, context: Context
     ) -> images_pb2.DeleteImageResponse:
         """See images.proto."""
-        async with self._gate.admit(context, USERS) as caller:
+        async with self._gate.admit(context) as caller:
             reference = edge.parse_image_reference(request.name)
             try:
                 await self._images.unbind(caller.tenant, reference)

@@ -6,7 +6,7 @@ from controlplane import keys
 from controlplane.api.v1 import pools_pb2, pools_pb2_grpc
 from controlplane.edge import pools as edge
 from controlplane.edge.sandboxes import parse_name
-from controlplane.gate import USERS, Context, Gate
+from controlplane.gate import Context, Gate
 from controlplane.listing import list_page
 from controlplane.model import Pool
 from controlplane.pools import Pools
@@ -21,17 +21,17 @@ class PoolsService(pools_pb2_grpc.PoolsServicer):
 
     async def CreatePool(self, request: pools_pb2.CreatePoolRequest, context: Context) -> pools_pb2.Pool:
         """See pools.proto."""
-        async with self._gate.admit(context, USERS) as caller:
+        async with self._gate.admit(context) as caller:
             return self._rendered(await self._pools.create(caller.tenant, edge.parse_pool_creation(request)))
 
     async def GetPool(self, request: pools_pb2.GetPoolRequest, context: Context) -> pools_pb2.Pool:
         """See pools.proto."""
-        async with self._gate.admit(context, USERS) as caller:
+        async with self._gate.admit(context) as caller:
             return self._rendered(await self._pools.get(caller.tenant, parse_name(request.name)))
 
     async def ListPools(self, request: pools_pb2.ListPoolsRequest, context: Context) -> pools_pb2.ListPoolsResponse:
         """See pools.proto."""
-        async with self._gate.admit(context, USERS) as caller:
+        async with self._gate.admit(context) as caller:
             listed = await list_page(
                 self._store,
                 Pool,
@@ -48,13 +48,13 @@ class PoolsService(pools_pb2_grpc.PoolsServicer):
 
     async def ResizePool(self, request: pools_pb2.ResizePoolRequest, context: Context) -> pools_pb2.Pool:
         """See pools.proto."""
-        async with self._gate.admit(context, USERS) as caller:
+        async with self._gate.admit(context) as caller:
             name, size = parse_name(request.name), edge.parse_size(request.size)
             return self._rendered(await self._pools.resize(caller.tenant, name, size, request.etag))
 
     async def DeletePool(self, request: pools_pb2.DeletePoolRequest, context: Context) -> pools_pb2.DeletePoolResponse:
         """See pools.proto."""
-        async with self._gate.admit(context, USERS) as caller:
+        async with self._gate.admit(context) as caller:
             await self._pools.delete(caller.tenant, parse_name(request.name), allow_missing=request.allow_missing)
             return pools_pb2.DeletePoolResponse()
 

@@ -11,7 +11,7 @@ from controlplane.edge import news
 from controlplane.edge import sandboxes as edge
 from controlplane.errors import Invalid
 from controlplane.events import EventLog
-from controlplane.gate import USERS, Caller, Context, Gate
+from controlplane.gate import Caller, Context, Gate
 from controlplane.listing import list_page
 from controlplane.model import Event, Sandbox
 from controlplane.records import Records
@@ -33,19 +33,19 @@ class SandboxesService(StreamMethods, sandboxes_pb2_grpc.SandboxesServicer):
         self, request: sandboxes_pb2.CreateSandboxRequest, context: Context
     ) -> sandboxes_pb2.Sandbox:
         """See sandboxes.proto."""
-        async with self._gate.admit(context, USERS) as caller:
+        async with self._gate.admit(context) as caller:
             return edge.render_sandbox(await self._sandboxes.create(caller.tenant, edge.parse_creation(request)))
 
     async def GetSandbox(self, request: sandboxes_pb2.GetSandboxRequest, context: Context) -> sandboxes_pb2.Sandbox:
         """See sandboxes.proto."""
-        async with self._gate.admit(context, USERS) as caller:
+        async with self._gate.admit(context) as caller:
             return edge.render_sandbox(await self._records.get(caller.tenant, edge.parse_name(request.name)))
 
     async def ListSandboxes(
         self, request: sandboxes_pb2.ListSandboxesRequest, context: Context
     ) -> sandboxes_pb2.ListSandboxesResponse:
         """See sandboxes.proto."""
-        async with self._gate.admit(context, USERS) as caller:
+        async with self._gate.admit(context) as caller:
             listed = await list_page(
                 self._store,
                 Sandbox,
@@ -65,7 +65,7 @@ class SandboxesService(StreamMethods, sandboxes_pb2_grpc.SandboxesServicer):
         self, request: sandboxes_pb2.WatchSandboxesRequest, context: Context
     ) -> AsyncIterator[sandboxes_pb2.SandboxEvent]:
         """See sandboxes.proto."""
-        async with self._gate.admit(context, USERS, stream=True) as caller:
+        async with self._gate.admit(context, stream=True) as caller:
             if request.resource_version < 0:
                 raise Invalid("resource_version", f"{request.resource_version} is negative")
             async with aclosing(
@@ -78,13 +78,13 @@ class SandboxesService(StreamMethods, sandboxes_pb2_grpc.SandboxesServicer):
         self, request: sandboxes_pb2.ResizeSandboxRequest, context: Context
     ) -> sandboxes_pb2.Sandbox:
         """See sandboxes.proto."""
-        async with self._gate.admit(context, USERS) as caller:
+        async with self._gate.admit(context) as caller:
             name, wish = edge.parse_name(request.name), edge.parse_resize(request)
             return edge.render_sandbox(await self._sandboxes.resize(caller.tenant, name, wish))
 
     async def StopSandbox(self, request: sandboxes_pb2.StopSandboxRequest, context: Context) -> sandboxes_pb2.Sandbox:
         """See sandboxes.proto."""
-        async with self._gate.admit(context, USERS) as caller:
+        async with self._gate.admit(context) as caller:
             name, grace_s = edge.parse_name(request.name), edge.parse_grace_s(request)
             return edge.render_sandbox(await self._sandboxes.stop(caller.tenant, name, grace_s))
 
@@ -92,7 +92,7 @@ class SandboxesService(StreamMethods, sandboxes_pb2_grpc.SandboxesServicer):
         self, request: sandboxes_pb2.DeleteSandboxRequest, context: Context
     ) -> sandboxes_pb2.DeleteSandboxResponse:
         """See sandboxes.proto."""
-        async with self._gate.admit(context, USERS) as caller:
+        async with self._gate.admit(context) as caller:
             await self._sandboxes.delete(
                 caller.tenant, edge.parse_name(request.name), force=request.force, allow_missing=request.allow_missing
             )
@@ -102,7 +102,7 @@ class SandboxesService(StreamMethods, sandboxes_pb2_grpc.SandboxesServicer):
         self, request: sandboxes_pb2.WatchEventsRequest, context: Context
     ) -> AsyncIterator[sandboxes_pb2.Event]:
         """See sandboxes.proto."""
-        async with self._gate.admit(context, USERS, stream=True) as caller:
+        async with self._gate.admit(context, stream=True) as caller:
             revision = 0
             async for item in self._events.stored():
                 if isinstance(item, int):

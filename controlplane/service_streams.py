@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from controlplane.api.v1 import sandboxes_pb2
 from controlplane.edge import sandboxes as edge
 from controlplane.errors import Invalid, NotFound, Precondition
-from controlplane.gate import USERS, Caller, Context, Gate
+from controlplane.gate import Caller, Context, Gate
 from controlplane.model import Host, Phase, Sandbox
 from controlplane.relay import HostLinks, answer, answers, relay
 from controlplane.streams import Ended, Locator
@@ -40,7 +40,7 @@ class StreamMethods:
 
     async def AttachSandbox(self, request_iterator: Inputs, context: Context) -> Outputs:
         """See sandboxes.proto."""
-        async with self._gate.admit(context, USERS, stream=True) as caller:
+        async with self._gate.admit(context, stream=True) as caller:
             start = await _start_of(request_iterator)
             place = await self._streams.locator.begun(caller.tenant, edge.parse_name(start.name, "start.name"))
             if isinstance(place, Ended):
@@ -54,7 +54,7 @@ class StreamMethods:
 
     async def ExecSandbox(self, request_iterator: Inputs, context: Context) -> Outputs:
         """See sandboxes.proto."""
-        async with self._gate.admit(context, USERS, stream=True) as caller:
+        async with self._gate.admit(context, stream=True) as caller:
             start = await _start_of(request_iterator)
             if not start.exec.argv:
                 raise Invalid("start.exec.argv", "name the command to run", reason="NoCommand")
@@ -68,7 +68,7 @@ class StreamMethods:
 
     async def GetLogs(self, request: sandboxes_pb2.GetLogsRequest, context: Context) -> Outputs:
         """See sandboxes.proto."""
-        async with self._gate.admit(context, USERS, stream=True) as caller:
+        async with self._gate.admit(context, stream=True) as caller:
             if request.tail_lines < 0:
                 raise Invalid("tail_lines", f"{request.tail_lines} is negative")
             place = await self._streams.locator.begun(caller.tenant, edge.parse_name(request.name))
@@ -90,9 +90,9 @@ class StreamMethods:
         self, request: sandboxes_pb2.GetSharingLedgerRequest, context: Context
     ) -> sandboxes_pb2.SharingLedger:
         """See sandboxes.proto."""
-        async with self._gate.admit(context, USERS) as caller:
+        async with self._gate.admit(context) as caller:
             view = self._streams.view
-            if request.host and request.host not in view.hosts:
+            if request.host and not _may_know(caller, request.host, view):
                 raise NotFound("HostNotFound", f"there is no host {request.host}", host=request.host)
             names = [request.host] if request.host else sorted(view.alive & set(view.hosts))
             async with asyncio.TaskGroup() as group:
@@ -139,6 +139,13 @@ def _how_it_ended(sandbox: Sandbox) -> sandboxes_pb2.StreamOutput:
     code = status.exit_code or 0
     signal = code - 128 if 128 < code <= 192 else 0
     return sandboxes_pb2.StreamOutput(exit=sandboxes_pb2.ExitStatus(code=code, signal=signal, message=status.message))
+
+
+def _may_know(caller: Caller, host: str, view: View) -> bool:
+    """A tenant knows the hosts that its own sandboxes are on."""
+    if caller.is_operator:
+        return host in view.hosts
+    return host in view.hosts and any(sandbox.tenant == caller.tenant for sandbox in view.on_host(host))
 
 
 def _merged(ledgers: list[sandboxes_pb2.SharingLedger], caller: Caller, view: View) -> sandboxes_pb2.SharingLedger:

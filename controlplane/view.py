@@ -18,12 +18,22 @@ from controlplane.errors import BadState, Compacted, StoreError
 from controlplane.model import Host, Image, Pool, Residency, Sandbox
 from controlplane.scheduler import HostState
 from controlplane.store.contract import Batch, Record, Store
+from controlplane.tenancy import Tenant
 
 log = logging.getLogger("sandloom.controlplane.view")
 
 T = TypeVar("T")
 PAGE_RECORDS = 1000
-MIRRORED = (keys.ALIVE, keys.HOSTS, keys.IMAGES, keys.PLACEMENTS, keys.POOLS, keys.RESIDENCY, keys.SANDBOXES)
+MIRRORED = (
+    keys.ALIVE,
+    keys.HOSTS,
+    keys.IMAGES,
+    keys.PLACEMENTS,
+    keys.POOLS,
+    keys.RESIDENCY,
+    keys.SANDBOXES,
+    keys.TENANTS,
+)
 RETRY_S = 0.5
 
 
@@ -67,6 +77,7 @@ class View:
         self.residency: dict[str, Residency] = {}  # by key
         self.placements: dict[str, int] = {}  # mod_revision of the guard, by host
         self.pools: dict[str, Pool] = {}  # by key
+        self.tenants: dict[str, Tenant] = {}  # those that have a record
         self._followers: set[Changed] = set()
         self._moved = asyncio.Event()
 
@@ -148,7 +159,7 @@ class View:
                 if not page.more:
                     break
                 after = page.records[-1].key
-        for table in (self.hosts, self.images, self.residency, self.placements, self.pools):
+        for table in (self.hosts, self.images, self.residency, self.placements, self.pools, self.tenants):
             table.clear()
         self.alive.clear()
         before, self.sandboxes = self.sandboxes, {}
@@ -188,6 +199,8 @@ class View:
                 self.images[key] = codec.decode(Image, value, key, revision=revision)
             elif key.startswith(keys.POOLS):
                 self.pools[key] = codec.decode(Pool, value, key, revision=revision)
+            elif key.startswith(keys.TENANTS):
+                self.tenants[key.removeprefix(keys.TENANTS)] = codec.decode(Tenant, value, key, revision=revision)
             elif key.startswith(keys.RESIDENCY):
                 held = codec.decode(Residency, value, key)
                 self.residency[key] = held
@@ -211,6 +224,8 @@ class View:
             self.alive.discard(key.removeprefix(keys.ALIVE))
         elif key.startswith(keys.PLACEMENTS):
             self.placements.pop(key.removeprefix(keys.PLACEMENTS), None)
+        elif key.startswith(keys.TENANTS):
+            self.tenants.pop(key.removeprefix(keys.TENANTS), None)
         else:
             self.images.pop(key, None)
             self.pools.pop(key, None)

@@ -20,10 +20,12 @@ from controlplane.api.v1 import (
     pools_pb2_grpc,
     sandboxes_pb2,
     sandboxes_pb2_grpc,
+    tenants_pb2_grpc,
 )
 from controlplane.ca import Authority
 from controlplane.config import Config
 from controlplane.server import ControlPlane, running
+from controlplane.tenancy import Tenant
 from tests.controlplane.fakehost import FakeHost, fake_host
 
 
@@ -57,6 +59,7 @@ class Client:
     images: images_pb2_grpc.ImagesAsyncStub
     hosts: hosts_pb2_grpc.HostsAsyncStub
     pools: pools_pb2_grpc.PoolsAsyncStub
+    tenants: tenants_pb2_grpc.TenantsAsyncStub
 
     async def import_image(self, name: str = "base", *, size_bytes: int = 1000) -> images_pb2.Image:
         """Uploads something, to whichever host is chosen."""
@@ -96,6 +99,8 @@ class Plane:
 
     async def client(self, role: Role = Role.OPERATOR, name: str = "op") -> Client:
         """A connection with the certificate of `role` and `name`."""
+        if role is Role.TENANT and self.parts.tenants.find(name) is None:
+            await self.parts.tenants.create(Tenant(name))
         channel = await self._stack.enter_async_context(connect(self.address, self.certificates.of(role, name)))
         return Client(
             channel,
@@ -103,6 +108,7 @@ class Plane:
             images_pb2_grpc.ImagesStub(channel),
             hosts_pb2_grpc.HostsStub(channel),
             pools_pb2_grpc.PoolsStub(channel),
+            tenants_pb2_grpc.TenantsStub(channel),
         )
 
     def keep_clients(self) -> None:

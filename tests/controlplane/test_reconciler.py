@@ -20,6 +20,7 @@ from controlplane.requests import UsedRequest
 from controlplane.sandboxes import Sandboxes
 from controlplane.store.contract import Put, Store
 from controlplane.store.sqlite import open_sqlite
+from controlplane.tenants import Tenants
 from controlplane.view import View
 
 
@@ -38,7 +39,7 @@ async def keeping(path: Path, clock: Clock) -> AsyncIterator[tuple[Store, View, 
         nowhere = Path("/nonexistent")
         links = HostLinks(TlsFiles(nowhere, nowhere, nowhere))
         records = Records(store, view)
-        sandboxes = Sandboxes(store, view, records, images)
+        sandboxes = Sandboxes(store, view, records, images, Tenants(store, view))
         log = EventLog(store)
         yield store, view, Reconciler(
             store, view, records, sandboxes, images, links, log,
