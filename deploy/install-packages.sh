@@ -8,7 +8,7 @@ case "${VERSION_ID:-}" in
 esac
 wanted="python3 python3-venv python3-dev gcc libc6-dev make git qemu-system-x86 erofs-utils $msgpack pkg-config
     util-linux cpio clang-format mmdebstrap debian-archive-keyring libasan8 libubsan1 attr busybox-static skopeo umoci
-    crun runsc"
+    crun runsc etcd-server"
 missing=""
 for package in $wanted; do
     dpkg-query -W -f '${db:Status-Status}' "$package" 2>/dev/null | grep -qx installed || missing="$missing $package"
@@ -22,6 +22,9 @@ if [ -n "$missing" ]; then
     apt-get update -qq
     # shellcheck disable=SC2086
     DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $missing >/dev/null
+    case "$missing" in # Debian starts it at once; tests and `dev up` start their own
+        *etcd-server*) if [ -d /run/systemd/system ]; then systemctl disable --now --quiet etcd.service; fi ;;
+    esac
 elif ! apt-cache show linux-image-cloud-amd64 >/dev/null 2>&1; then
     apt-get update -qq # the guest kernel is fetched by package name
 fi

@@ -2,8 +2,9 @@
 
 Promises, each held by tests/contract/test_store.py for every engine:
 
-- Every commit that changes something gets the next revision, and is durable before `commit` returns.
-- A commit's changes are seen all or none, by reads, lists and watches alike; a watch gets them as one Batch.
+- Every commit that changes something gets a later revision than what it was decided on, and is durable before `commit`
+  returns. Commits of one moment that touch different keys may share a revision (etcd takes them in one transaction).
+- A commit's changes are seen all or none, by reads, lists and watches alike; a watch gets them within one Batch.
 - A watch from a revision sees every later change once, in order; nothing is lost between a list and a watch after it.
 - A list at a revision sees that revision, however long paging through it takes, until it is compacted: Compacted.
 - A lease that is not kept runs out; the keys put under it are then deleted, as a change like any other.
@@ -17,6 +18,8 @@ from collections.abc import AsyncIterator, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from typing import Protocol
+
+from controlplane.errors import Invalid
 
 MAX_VALUE_BYTES = 1 << 20
 PROGRESS_S = 10.0
@@ -83,6 +86,15 @@ class Batch:
 
     revision: int
     changes: tuple[Change, ...] = ()
+
+
+def require_committable(writes: Sequence[Write]) -> None:
+    """Invalid when a key is written twice or a value is too large."""
+    if len({write.key for write in writes}) != len(writes):
+        raise Invalid("writes", "a key is written twice in one commit")
+    for write in writes:
+        if isinstance(write, Put) and len(write.value) > MAX_VALUE_BYTES:
+            raise Invalid(write.key, f"its record is {len(write.value)} bytes, {MAX_VALUE_BYTES} is the most")
 
 
 class Store(Protocol):

@@ -13,7 +13,6 @@ import os
 import secrets
 import sqlite3
 import time
-from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, suppress
@@ -21,37 +20,15 @@ from pathlib import Path
 from typing import TypeVar
 
 from controlplane.errors import Compacted, Invalid, StoreError
-from controlplane.store.contract import MAX_VALUE_BYTES, PROGRESS_S, Batch, Expect, Page, Put, Record, Write
+from controlplane.store.contract import PROGRESS_S, Batch, Expect, Page, Record, Write, require_committable
 from controlplane.store.tables import Outcome, Tables, Transaction, acquire, lease_gone
+from controlplane.store.watchers import Watcher, follow
 
 log = logging.getLogger("sandloom.controlplane.store")
 
 T = TypeVar("T")
-WATCH_QUEUE_BATCHES = 256
 READ_CHANGES = 512
 RETRY_S = 1.0
-
-
-class _Watcher:
-    """One watch: `cursor` is up to where its batches were handed out or queued."""
-
-    def __init__(self, prefix: str, after: int) -> None:
-        self.prefix, self.cursor = prefix, after
-        self.live = False  # batches come by `offer`; else they have to be read from the file
-        self.queue: deque[Batch] = deque()
-        self.woken = asyncio.Event()
-
-    def offer(self, batch: Batch) -> None:
-        """Takes a commit's batch, unless it lags behind (it reads that one from the file later) or has read it."""
-        if self.live and batch.revision > self.cursor:
-            changes = tuple(change for change in batch.changes if change.key.startswith(self.prefix))
-            if changes and len(self.queue) >= WATCH_QUEUE_BATCHES:
-                self.live = False
-            else:
-                self.cursor = batch.revision
-                if changes:
-                    self.queue.append(Batch(batch.revision, changes))
-                    self.woken.set()
 
 
 class SqliteStore:
@@ -63,7 +40,7 @@ class SqliteStore:
         self._reader = ThreadPoolExecutor(1, "store-reader")
         self._pending: list[tuple[Transaction, asyncio.Future[Outcome]]] = []
         self._work = asyncio.Event()
-        self._watchers: set[_Watcher] = set()
+        self._watchers: set[Watcher] = set()
         self._deadlines_s: dict[int, float] = {}
         self._ttls_s: dict[int, int] = {}
         self._lease_work = asyncio.Event()
@@ -107,11 +84,7 @@ class SqliteStore:
 
     async def commit(self, writes: Sequence[Write], expect: Sequence[Expect] = ()) -> int:
         """See the contract."""
-        if len({write.key for write in writes}) != len(writes):
-            raise Invalid("writes", "a key is written twice in one commit")
-        for write in writes:
-            if isinstance(write, Put) and len(write.value) > MAX_VALUE_BYTES:
-                raise Invalid(write.key, f"its record is {len(write.value)} bytes, {MAX_VALUE_BYTES} is the most")
+        require_committable(writes)
         return await self._submit(Transaction(tuple(writes), tuple(expect)))
 
     async def _submit(self, transaction: Transaction) -> int:
@@ -183,31 +156,14 @@ class SqliteStore:
     ) -> AsyncGenerator[AsyncIterator[Batch], None]:
         """See the contract."""
         self._require_kept(after, self._compacted)
-        watcher = _Watcher(prefix, after)
+        watcher = Watcher(prefix, after)
         self._watchers.add(watcher)
         try:
-            yield self._follow(watcher, progress_s)
+            yield follow(watcher, progress_s, self._catch_up)
         finally:
             self._watchers.discard(watcher)
 
-    async def _follow(self, watcher: _Watcher, progress_s: float) -> AsyncIterator[Batch]:
-        while True:
-            watcher.woken.clear()
-            while watcher.queue:
-                yield watcher.queue.popleft()
-            if not watcher.live:
-                for batch in await self._catch_up(watcher):
-                    yield batch
-                continue
-            if not watcher.woken.is_set():
-                try:
-                    async with asyncio.timeout(progress_s):
-                        await watcher.woken.wait()
-                except TimeoutError:
-                    if watcher.live and not watcher.queue:
-                        yield Batch(watcher.cursor)
-
-    async def _catch_up(self, watcher: _Watcher) -> list[Batch]:
+    async def _catch_up(self, watcher: Watcher) -> list[Batch]:
         """Reads what it has not got yet; live afterwards, once nothing came meanwhile."""
         if watcher.cursor >= self._published:
             watcher.live = True
