@@ -218,7 +218,7 @@ class AgentLink:
         try:
             await self.request(lambda session: session.thaw())
         except GuestRefused as refusal:
-            if refusal.errno != errno.EINVAL:
+            if refusal.errno not in (errno.EINVAL, errno.EOPNOTSUPP):
                 raise AgentLost(str(refusal), reason="AgentRefused") from refusal
 
     async def renew(self, renew: Renew) -> None:

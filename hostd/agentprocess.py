@@ -72,6 +72,11 @@ class AgentProcess:
         else:
             self._waiting.append(_Waiting(event.stream, bytearray(event.data), event.offset + len(event.data)))
 
+    @property
+    def ended(self) -> bool:
+        """Whether its end, or its loss, is known."""
+        return self._exit.done()
+
     def fail(self, why: str) -> None:
         """The link is dead: whoever waits is told."""
         if not self._exit.done():

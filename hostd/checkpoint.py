@@ -120,11 +120,11 @@ class CheckpointAbout:
             ) from error
 
 
-def require_able(spec: SandboxSpec, phase: Phase, sessions: Sequence[str], *, able: bool) -> None:
-    """Whether a sandbox can be checkpointed now. `sessions` are those that clients type into, `able` says whether this
-    host's guests can be. InvalidSpec for its class, NotRunning, CannotCheckpoint."""
-    if spec.sandbox_class is not SandboxClass.GUEST_KERNEL or not able:
-        raise lacking("checkpoints", spec.sandbox_class, (SandboxClass.GUEST_KERNEL,) if able else ())
+def require_able(spec: SandboxSpec, phase: Phase, sessions: Sequence[str], *, able: tuple[SandboxClass, ...]) -> None:
+    """Whether a sandbox can be checkpointed now. `sessions` are those that clients type into, `able` are the classes
+    that can be on this host. InvalidSpec for its class, NotRunning, CannotCheckpoint."""
+    if spec.sandbox_class not in able:
+        raise lacking("checkpoints", spec.sandbox_class, able)
     if phase is not Phase.RUNNING:
         raise NotRunning(f"sandbox {spec.name} is {phase.value}, not running: there is nothing to go on from")
     if sessions:

@@ -101,8 +101,8 @@ class Sandbox:
     async def checkpoint(self, wanted: Wanted) -> StoredCheckpoint:
         """Takes a checkpoint of it as it runs; it goes on. Idempotent by its id. NotRunning, CannotCheckpoint with what
         it has that cannot be carried, CheckpointFailed."""
-        able = self._host.driver.checkpointing is not None
-        require_able(self.spec, self.record.phase, self._sessions, able=able)
+        has = self._host.driver.checkpointing
+        require_able(self.spec, self.record.phase, self._sessions, able=has.classes if has is not None else ())
         live = self.running()
 
         async def taking(checkpointing: Checkpointing) -> TakenCheckpoint:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from hostd.drivers.contract import Checkpointing, Driver, Engine, StartPlan, TakenCheckpoint
-from hostd.errors import HostdError, InvalidSpec
+from hostd.errors import CheckpointUnusable, HostdError, InvalidSpec
 from hostd.journal import Handle
 from hostd.spec import SandboxClass
 
@@ -78,6 +78,11 @@ class _Checkpointing:
     def __init__(self, able: Mapping[SandboxClass, Checkpointing]) -> None:
         self._able = dict(able)
 
+    @property
+    def classes(self) -> tuple[SandboxClass, ...]:
+        """See Checkpointing.classes."""
+        return tuple(self._able)
+
     def _of(self, asked: SandboxClass) -> Checkpointing:
         if asked not in self._able:
             raise lacking("checkpoints", asked, tuple(self._able))
@@ -87,17 +92,28 @@ class _Checkpointing:
         """See Checkpointing.checkpoint."""
         return await self._of(class_of(engine.handle.accel)).checkpoint(engine, offsets)
 
+    def recognises(self, path: Path) -> bool:
+        """See Checkpointing.recognises."""
+        return any(one.recognises(path) for one in self._able.values())
+
+    def _whose(self, path: Path) -> Checkpointing:
+        """By the file's form. CheckpointUnusable."""
+        for one in self._able.values():
+            if one.recognises(path):
+                return one
+        raise CheckpointUnusable(f"{path}: is a checkpoint of no class that this host can restore; make it anew")
+
     def read_about(self, path: Path) -> bytes:
-        """See Checkpointing.read_about. One class has files of checkpoints."""
-        return next(iter(self._able.values())).read_about(path)
+        """See Checkpointing.read_about."""
+        return self._whose(path).read_about(path)
 
     def load(self, path: Path) -> Any:
         """See Checkpointing.load."""
-        return next(iter(self._able.values())).load(path)
+        return self._whose(path).load(path)
 
     def load_of(self, path: Path, pid: int) -> Any:
         """See Checkpointing.load_of."""
-        return next(iter(self._able.values())).load_of(path, pid)
+        return self._whose(path).load_of(path, pid)
 
     async def restore(
         self,

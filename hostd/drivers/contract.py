@@ -13,7 +13,7 @@ from typing import Any, BinaryIO, Protocol
 
 from hostd.journal import Handle
 from hostd.memory.values import MemoryEvent, MemoryNow, Resized
-from hostd.spec import Command, Resources, SandboxSpec
+from hostd.spec import Command, Resources, SandboxClass, SandboxSpec
 
 
 @dataclass(frozen=True)
@@ -223,9 +223,19 @@ class TakenCheckpoint:
 class Checkpointing(Protocol):
     """What a driver has on top that can copy a running engine and go on from the copy."""
 
+    @property
+    def classes(self) -> tuple[SandboxClass, ...]:
+        """Of which classes sandboxes can be checkpointed."""
+        ...
+
+    def recognises(self, path: Path) -> bool:
+        """Whether the checkpoint in file `path` is of this driver's form. OSError. Blocks."""
+        ...
+
     async def checkpoint(self, engine: Engine, offsets: Callable[[], dict[int, int]]) -> TakenCheckpoint:
-        """Copies a running engine, which goes on, whatever happens. CheckpointFailed; NotRunning or CannotCheckpoint
-        when it is in no state for it. `offsets` is asked while it stands still."""
+        """Copies a running engine, which goes on. CheckpointFailed (a user-space kernel that could not save itself has
+        ended, and the message says so); NotRunning or CannotCheckpoint when it is in no state for it. `offsets` is
+        asked while it stands still."""
         ...
 
     def read_about(self, path: Path) -> bytes:

@@ -12,7 +12,7 @@ from hostd.drivers.contract import Engine, StartPlan, TakenCheckpoint
 from hostd.drivers.fakemachine import MAIN, Machine
 from hostd.errors import CheckpointUnusable, HostdError
 from hostd.journal import Handle
-from hostd.spec import Command
+from hostd.spec import Command, SandboxClass
 
 FORM = {"accel": "fake"}
 
@@ -63,6 +63,12 @@ class FakeCheckpointing:
     def __init__(self, machines: Machines) -> None:
         self._machines = machines
         self.open_now: set[int] = set()
+
+    classes = (SandboxClass.GUEST_KERNEL,)
+
+    def recognises(self, path: Path) -> bool:
+        """See Checkpointing.recognises."""
+        return path.exists()
 
     def _memory(self, command: Command) -> FakeMemory:
         memory = FakeMemory(command, self.open_now)

@@ -137,3 +137,30 @@ def copying(hostd: int) -> bool:
             if "sandloom-state" in str(entry.readlink()):
                 return True
     return False
+
+
+def test_a_user_kernel_sandbox_forks_and_is_restored_and_a_host_kernel_one_says_who_can(fabric: Fabric) -> None:
+    fabric.start("sentry", "--class", "user-kernel", *SIZES, command=("sh", "-c", COUNT))
+    counts_on(fabric, "sentry")
+    fabric.ok("exec", "sentry", "--", "sh", "-c", "echo mine > /mark")
+    done = fabric.run("fork", "sentry", "--count", "2", "--prefix", "copy")
+    assert (done.code, done.out) == (0, "copy-1\ncopy-2\n"), f"{done}\n{fabric.logs()}"
+    fabric.ok("checkpoint", "sentry", "--name", "kept")
+    fabric.ok("stop", "sentry")
+    fabric.ok("restore", "kept", "--name", "later")
+    ids = set()
+    for name in ("copy-1", "copy-2", "later"):
+        assert counts_on(fabric, name)[0] > 1
+        mark, machine = fabric.ok("exec", name, "--", "cat", "/mark", "/etc/machine-id").split()
+        assert mark == "mine"
+        ids.add(machine)
+        status = fabric.inspect(name)["status"]
+        assert (status["accel"].partition("/")[0], status["origin"].split()[0]) == ("runsc", "restored")
+    assert len(ids) == 3
+    fabric.start("plain", "--class", "host-kernel", *SIZES, command=("sleep", "1000"))
+    refused = fabric.run("checkpoint", "plain", "--name", "never")
+    assert refused.code != 0
+    assert "classes that have it: guest-kernel, user-kernel" in refused.err
+    for name in ("sentry", "copy-1", "copy-2", "later", "plain"):
+        fabric.ok("rm", "-f", name)
+    fabric.ok("checkpoint", "rm", "kept")

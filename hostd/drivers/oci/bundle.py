@@ -8,6 +8,7 @@ this file is the one that docker and podman share, less what only a privileged p
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -122,6 +123,14 @@ def config_json(command: Command, identity: Identity, shape: BundleShape) -> dic
         "hooks": {"createContainer": hooks},
         "linux": linux,
     }
+
+
+def moved_config(config: Mapping[str, Any], rootfs: Path, netns: Path | None = None) -> dict[str, Any]:
+    """A container's configuration for another one that goes on from it. Pure."""
+    linux = dict(config["linux"])
+    others = [one for one in linux["namespaces"] if one["type"] != "network"]
+    linux["namespaces"] = [*others, {"type": "network", **({"path": str(netns)} if netns else {})}]
+    return {**config, "root": {**config["root"], "path": str(rootfs)}, "linux": linux}
 
 
 @cache

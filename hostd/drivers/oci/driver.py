@@ -32,8 +32,9 @@ from guestagent.messages import MAIN_PROC
 from guestagent.protocol import ProcCarry, SessionCarry
 from hostd.agentlink import AgentLink
 from hostd.cgroups import Hierarchy
-from hostd.drivers.contract import Engine, StartPlan
+from hostd.drivers.contract import Checkpointing, Engine, StartPlan
 from hostd.drivers.oci import identity
+from hostd.drivers.oci.checkpointing import Beginning, OciCheckpointing, go_on
 from hostd.drivers.oci.engine import OciEngine, Place
 from hostd.drivers.oci.monitor import MONITOR
 from hostd.drivers.oci.mounts import Layers
@@ -64,7 +65,6 @@ class OciDriver:
     """Implements hostd.drivers.contract.Driver."""
 
     warming = None
-    checkpointing = None
 
     def __init__(
         self,
@@ -81,23 +81,35 @@ class OciDriver:
             runtime = replace(runtime, state=state)
         self.runtime, self.layers, self.cgroups = runtime, layers, cgroups
         self._clock = clock
+        self.checkpointing: Checkpointing | None = None
+        if runtime.checkpoints:
+            self.checkpointing = OciCheckpointing(self, runtime.version, clock=clock)
 
     async def start(self, plan: StartPlan, made: Callable[[Handle], None]) -> Engine:
         """See Driver.start."""
         begin_s = self._clock()
-        launch = asyncio.ensure_future(asyncio.to_thread(self._launch, plan))
+        handle = await self.launch(plan, Beginning(), made)
+        vmm_s = self._clock()
         try:
-            handle = await asyncio.shield(launch)
-            made(handle)
-            vmm_s = self._clock()
             async with AsyncExitStack() as stack:
-                link, process = await self._reach(plan, handle, stack)
+                link, process = await self.reach(plan, handle, stack)
                 phases = (("vmm", vmm_s - begin_s), ("kernel", 0.0), ("agent", self._clock() - vmm_s))
                 stack.pop_all()
                 return OciEngine(self._place(plan), handle, process, link, phases)
         except BaseException:
+            await to_its_end(self.destroy(plan.spec.uid, plan.folder, handle))
+            raise
+
+    async def launch(self, plan: StartPlan, beginning: Beginning, made: Callable[[Handle], None]) -> Handle:
+        """A monitor in its cgroup beside a mounted root; nothing runs in it. On any error nothing of it is left."""
+        launch = asyncio.ensure_future(asyncio.to_thread(self._launch, plan, beginning))
+        try:
+            handle = await asyncio.shield(launch)
+            made(handle)
+        except BaseException:
             await to_its_end(self._undo(plan, launch))
             raise
+        return handle
 
     async def _undo(self, plan: StartPlan, launch: asyncio.Future[Handle]) -> None:
         """After a failed or cancelled start. A thread that is mounting cannot be cancelled: it takes milliseconds."""
@@ -108,17 +120,23 @@ class OciDriver:
     def _place(self, plan: StartPlan) -> Place:
         return Place(plan.spec.uid, plan.spec.hostname, plan.folder, self.runtime, self.cgroups)
 
-    def _launch(self, plan: StartPlan) -> Handle:
+    def _launch(self, plan: StartPlan, beginning: Beginning) -> Handle:
         """Makes directory and cgroup, starts the monitor and mounts while that joins its cgroup, which the kernel takes
         milliseconds for. Blocks as long."""
         spec = plan.spec
         plan.folder.mkdir(parents=True, mode=0o700)
         procs = self.cgroups.create(spec.uid, limits_for(spec.resources, self.runtime))
-        pid = self._start_monitor(plan.folder, procs)
+        pid = self._start_monitor(plan.folder, procs, beginning.offsets)
         ticks = start_ticks(pid)
+        fill = beginning.fill
         try:
-            self.layers.mount_rootfs(plan.folder, plan.layers, upper_mib(spec.resources))
-            identity.write(plan.folder / "rootfs", spec.uid, spec.hostname)
+            if fill is None:
+                self.layers.mount_rootfs(plan.folder, plan.layers, upper_mib(spec.resources))
+                identity.write(plan.folder / "rootfs", spec.uid, spec.hostname)
+            else:
+                self.layers.mount_rootfs(
+                    plan.folder, plan.layers, upper_mib(spec.resources), lambda upper: fill(upper, procs)
+                )
         except BaseException:
             os.kill(pid, signal.SIGKILL)
             os.waitpid(pid, 0)
@@ -126,17 +144,19 @@ class OciDriver:
         if ticks is None:
             reap(pid)
             raise StartFailed(f"the monitor ended at once: {_said(plan.folder)}", reason="VmmExited")
-        return Handle(
-            pid, ticks, plan.vm_uid, self.runtime.accel, 0, spec.resources.memory_max_mib, os.cpu_count() or 1
-        )
+        ceiling_mib = spec.resources.memory_max_mib
+        handle = Handle(pid, ticks, plan.vm_uid, self.runtime.accel, 0, ceiling_mib, os.cpu_count() or 1)
+        return replace(handle, checkpoint=spec.checkpoint)
 
-    def _start_monitor(self, folder: Path, procs: list[Path]) -> int:
+    def _start_monitor(self, folder: Path, procs: list[Path], begin: tuple[int, int]) -> int:
         """Its socket listens before it runs, so that nobody has to wait for it."""
         with socket.socket(socket.AF_UNIX) as listener, (folder / "monitor.log").open("wb") as log:
             listener.bind(str(folder / "agent.sock"))
             listener.listen(4)
             argv = [str(MONITOR), str(folder), str(listener.fileno()), *(["--init"] if self.runtime.init else [])]
-            argv += [*(["--hide", self.runtime.hide] if self.runtime.hide else []), "--", *map(str, procs)]
+            argv += ["--hide", self.runtime.hide] if self.runtime.hide else []
+            argv += ["--begin", *map(str, begin)] if any(begin) else []
+            argv += ["--", *map(str, procs)]
             try:
                 child = subprocess.Popen(
                     argv,
@@ -153,9 +173,10 @@ class OciDriver:
         child.returncode = 0  # the pidfd watcher reaps it, not Popen's own bookkeeping
         return child.pid
 
-    async def _reach(
+    async def reach(
         self, plan: StartPlan, handle: Handle, stack: AsyncExitStack, carry: SessionCarry | None = None
     ) -> tuple[AgentLink, WatchedProcess]:
+        """The monitor, greeted; `stack` closes both. StartFailed when it is gone or silent."""
         descriptor = open_same(handle.pid, handle.start_ticks)
         if descriptor is None:
             raise StartFailed(f"the monitor ended: {_said(plan.folder)}", reason="VmmExited")
@@ -178,9 +199,12 @@ class OciDriver:
         os.close(descriptor)
         main = ProcCarry(MAIN_PROC, offsets.get(1, 0), offsets.get(2, 0), stdin_open=plan.spec.process.stdin)
         async with AsyncExitStack() as stack:
-            link, process = await self._reach(plan, handle, stack, SessionCarry(procs=(main,)))
+            link, process = await self.reach(plan, handle, stack, SessionCarry(procs=(main,)))
+            engine = OciEngine(self._place(plan), handle, process, link)
+            if self.checkpointing is not None:  # a former hostd may have died while it took a checkpoint
+                await go_on(engine)
             stack.pop_all()
-            return OciEngine(self._place(plan), handle, process, link)
+            return engine
 
     async def destroy(self, uid: str, folder: Path, handle: Handle | None) -> None:
         """See Driver.destroy."""

@@ -170,6 +170,7 @@ class OciEngine:
         self._memory_events = MemoryEvents()
         self.main_ended = False
         self._follow: asyncio.Task[None] | None = None
+        self._others: dict[int, AgentProcess] = {}
 
     def kernel_ended(self, why: str) -> None:
         """The user-space kernel is gone, and with it the sandbox."""
@@ -213,7 +214,14 @@ class OciEngine:
     def _linked(self, process: AgentProcess) -> ProcessLink:
         if process.proc == MAIN_PROC:
             self._tasks.spawn(self._note_end(process), name=f"end of {self.place.uid}")
+        else:
+            self._others = {proc: one for proc, one in self._others.items() if not one.ended}
+            self._others[process.proc] = process
         return process if self.place.runtime.init else KernelProcess(self, process)
+
+    def others(self) -> int:
+        """How many processes beside main run in it that were started through this engine."""
+        return sum(1 for process in self._others.values() if not process.ended)
 
     async def _note_end(self, main: AgentProcess) -> None:
         with contextlib.suppress(HostdError):

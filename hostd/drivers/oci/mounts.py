@@ -29,7 +29,7 @@ import os
 import re
 import subprocess
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -211,14 +211,25 @@ class Layers:
         """Where a layer is mounted. A blob's path is its domain's own, so no two domains share a mount."""
         return self.root / hashlib.sha256(os.fsencode(layer.path)).hexdigest()[:16]
 
-    def mount_rootfs(self, folder: Path, layers: Sequence[LayerFile], upper_mib: int) -> None:
-        """Makes `folder`/rootfs of `layers` (lowest first). StartFailed; then nothing of it is mounted."""
+    def mount_rootfs(
+        self,
+        folder: Path,
+        layers: Sequence[LayerFile],
+        upper_mib: int,
+        fill: Callable[[Path], None] = lambda upper: None,
+    ) -> None:
+        """Makes `folder`/rootfs of `layers` (lowest first). `fill` puts into the writable layer what shall be
+        in it from the start. StartFailed; then nothing of it is mounted."""
         points = list(dict.fromkeys(str(self.point(layer)) for layer in reversed(layers)))
         with self._lock:
             try:
                 for layer in layers:
                     self._ensure(layer)
-                self._mount_writable(folder, points, upper_mib)
+                self._mount_writable(folder, points, upper_mib, fill)
+            except HostdError:
+                unmount_below(folder)
+                self._release()
+                raise
             except OSError as error:
                 unmount_below(folder)
                 self._release()
@@ -227,7 +238,7 @@ class Layers:
                     reason="MountFailed",
                 ) from error
 
-    def _mount_writable(self, folder: Path, points: list[str], upper_mib: int) -> None:
+    def _mount_writable(self, folder: Path, points: list[str], upper_mib: int, fill: Callable[[Path], None]) -> None:
         upper, rootfs = folder / "upper", folder / "rootfs"
         upper.mkdir()
         rootfs.mkdir()
@@ -235,6 +246,7 @@ class Layers:
         (upper / "upper").mkdir(mode=0o755)
         (upper / "work").mkdir()
         (upper / "upper").chmod(0o755)
+        fill(upper / "upper")
         _overlay(rootfs, points, upper)
 
     def _ensure(self, layer: LayerFile) -> None:

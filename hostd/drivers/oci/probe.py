@@ -5,7 +5,9 @@ there are nested hosts where /dev/kvm opens and no guest ever comes up), ptrace 
 tried with everything in sight, then without a cgroup v2 tree beside v1, which it refuses. Verdicts are kept per boot
 of the host and version of the runtime:
 
-    CACHE/oci/<sha256 of boot id and the runtime's own words>.json   {"platform": "ptrace", "hide": "", "why": "..."}
+    CACHE/oci/<sha256 of boot id and the runtime's own words>.json   {"platform": "ptrace", "hide": "", ...}: a Verdict
+
+Whether runsc saves a container and goes on from that is tried, too.
 """
 
 from __future__ import annotations
@@ -17,6 +19,8 @@ import os
 import shutil
 import subprocess
 import tempfile
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -31,6 +35,8 @@ from hostd.spec import Command
 
 PROBE_DEADLINE_S = 8.0
 """A working runtime needs well under a second."""
+
+CHECKPOINT_DEADLINE_S, POLL_S = 30.0, 0.01
 
 PLATFORMS = ("systrap", "kvm", "ptrace")
 HYBRID_CGROUPS = "/sys/fs/cgroup/unified"
@@ -47,6 +53,7 @@ class Verdict:
     platform: str
     hide: str
     why: str
+    no_checkpoints: str = "it was not tried"  # "" when a container went on from a checkpoint
 
 
 def version_of(binary: str) -> str:
@@ -94,7 +101,8 @@ async def decide(name: str, cgroups: Hierarchy, cache_dir: Path) -> tuple[Runtim
     binary = await asyncio.to_thread(shutil.which, name, path="/usr/sbin:/usr/bin:/sbin:/bin:/usr/local/bin")
     if binary is None:
         return None, f"{name} is not installed: apt-get install {name}"
-    path = cache_path(cache_dir, await asyncio.to_thread(version_of, binary))
+    version = await asyncio.to_thread(version_of, binary)
+    path = cache_path(cache_dir, f"{version} 2")  # what is asked has grown since 1
     verdict = _cached(path)
     if verdict is None:
         hybrid = await asyncio.to_thread(os.path.ismount, HYBRID_CGROUPS)
@@ -102,7 +110,10 @@ async def decide(name: str, cgroups: Hierarchy, cache_dir: Path) -> tuple[Runtim
         _keep(path, verdict)
     if not verdict.works:
         return None, verdict.why
-    return Runtime(name, binary, verdict.platform, verdict.hide), verdict.why
+    checkpoints = not verdict.no_checkpoints
+    runtime = Runtime(name, binary, verdict.platform, verdict.hide, version=version, checkpoints=checkpoints)
+    why = f"{verdict.why}; checkpoints: {verdict.no_checkpoints or 'it went on from one'}"
+    return runtime, why if name == "runsc" else verdict.why
 
 
 async def _try_all(runtimes: list[Runtime], cgroups: Hierarchy) -> Verdict:
@@ -111,7 +122,8 @@ async def _try_all(runtimes: list[Runtime], cgroups: Hierarchy) -> Verdict:
         problem = await try_run(runtime, cgroups)
         if not problem:
             why = f"a container ran on {runtime.accel}" + (f"; not on {'; '.join(failures)}" if failures else "")
-            return Verdict(True, runtime.platform, runtime.hide, why)
+            no_checkpoints = await try_checkpoint(runtime, cgroups) if runtime.name == "runsc" else "crun has none"
+            return Verdict(True, runtime.platform, runtime.hide, why, no_checkpoints)
         failures.append(f"{runtime.platform or runtime.name}: {problem}")
     return Verdict(False, "", "", f"no container runs here: {'; '.join(failures)}")
 
@@ -130,26 +142,93 @@ def _argv(runtime: Runtime, folder: Path, procs: list[Path], name: str) -> list[
 
 async def try_run(runtime: Runtime, cgroups: Hierarchy, *, deadline_s: float = PROBE_DEADLINE_S) -> str:
     """Runs a program that says SAID in a container. "" when it did, else what went wrong. Leaves nothing."""
+    try:
+        async with _container(runtime, cgroups, "probe") as (folder, procs, name):
+            return await _run(_argv(runtime, folder, procs, name), deadline_s)
+    except OSError as error:
+        return f"{error.filename}: {error.strerror}: build it with `make setup`"
+
+
+@asynccontextmanager
+async def _container(runtime: Runtime, cgroups: Hierarchy, program: str) -> AsyncIterator[tuple[Path, list[Path], str]]:
+    """A bundle that runs the monitor as `program`, a cgroup for it, and its name. All of it goes. OSError."""
     name = f"probe-{os.getpid()}-{runtime.accel.replace('/', '-')}"
     with tempfile.TemporaryDirectory(prefix="sandloom-probe-") as temporary:
         folder = Path(temporary)
-        try:
-            (folder / "rootfs").mkdir()
-            shutil.copy(MONITOR, folder / "rootfs" / "probe")
-        except OSError as error:
-            return f"{error.filename}: {error.strerror}: build it with `make setup`"
+        (folder / "rootfs").mkdir()
+        shutil.copy(MONITOR, folder / "rootfs" / "probe")
         for point in ("proc", "dev", "sys"):
             (folder / "rootfs" / point).mkdir()
         shape = BundleShape(folder / "rootfs", "probe", open_files=64)
         if runtime.name == "crun":
             shape = replace(shape, machine=os.uname().machine, root_hook=MONITOR)
-        command = Command(("/probe", "probe"), (), "/", "", False, False, 24, 80)
+        command = Command(("/probe", program), (), "/", "", False, False, 24, 80)
         (folder / "config.json").write_text(json.dumps(config_json(command, Identity(0, 0), shape)))
         procs = await asyncio.to_thread(cgroups.create, name, PROBE_LIMITS)
         try:
-            return await _run(_argv(runtime, folder, procs, name), deadline_s)
+            yield folder, procs, name
         finally:
             await asyncio.to_thread(cgroups.remove, name)
+
+
+async def try_checkpoint(runtime: Runtime, cgroups: Hierarchy, *, deadline_s: float = CHECKPOINT_DEADLINE_S) -> str:
+    """Saves a container that waits for a byte, goes on from that, and gives it one. "" when it then said SAID a second
+    time, else what went wrong. Leaves nothing."""
+    try:
+        async with asyncio.timeout(deadline_s), _container(runtime, cgroups, "probe-twice") as (folder, procs, name):
+            return await _say_twice(runtime, folder, procs, name)
+    except TimeoutError:
+        return f"it did not go on within {deadline_s:.0f} s"
+    except OSError as error:
+        return f"{error.filename or runtime.binary}: {error.strerror}"
+
+
+async def _say_twice(runtime: Runtime, folder: Path, procs: list[Path], name: str) -> str:
+    image, join = folder / "image", "".join(f'echo $$ > "{path}"; ' for path in procs)
+    image.mkdir()
+    (stdin, give), (take, stdout) = os.pipe(), os.pipe()
+
+    async def asked(what: str, argv: list[str]) -> str:
+        script = ["/bin/sh", "-ec", f'{join}exec "$@"', "sandloom-probe", *argv]
+        with (folder / "said").open("wb") as said:
+            process = await asyncio.create_subprocess_exec(*script, stdin=stdin, stdout=stdout, stderr=said)
+            status = await _ended(process)
+        words = (folder / "said").read_text(errors="replace").strip()[-TAIL_BYTES:]
+        return "" if status == 0 else f"{what}: {words or status}"
+
+    try:
+        os.set_blocking(take, False)
+        problem = await asked("run", runtime.run_argv(folder, name, 1, tty=False)) or await _said(take)
+        problem = problem or await asked("checkpoint", runtime.checkpoint_argv(folder, name, image))
+        problem = problem or await asked("delete", runtime.delete_argv(folder, name))
+        problem = problem or await asked("restore", runtime.restore_argv(folder, name, 1, image))
+        if problem:
+            return problem
+        os.write(give, b"\n")
+        return await _said(take)
+    finally:
+        for descriptor in (stdin, give, take, stdout):
+            os.close(descriptor)
+
+
+async def _ended(process: asyncio.subprocess.Process) -> int:
+    try:
+        return await process.wait()
+    finally:
+        if process.returncode is None:
+            process.kill()
+            await process.wait()
+
+
+async def _said(descriptor: int) -> str:
+    """Waits for SAID to come, byte for byte. "" then."""
+    got = b""
+    while len(got) < len(SAID):
+        try:
+            got += os.read(descriptor, len(SAID) - len(got))
+        except BlockingIOError:
+            await asyncio.sleep(POLL_S)
+    return "" if got == SAID else f"it said {got!r}"
 
 
 async def _run(argv: list[str], deadline_s: float) -> str:

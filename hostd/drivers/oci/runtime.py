@@ -1,6 +1,8 @@
 """The two OCI runtimes' command lines and words, as pure functions. One driver serves both.
 
 Facts behind the options (crun 1.8, runsc 20221219):
+- `runsc checkpoint` ends the container, also when it fails. `runsc restore` needs the file of it to its last byte and
+  no further, and takes only the three standard streams: processes with others of the host's (exec) cannot be saved.
 - both put the workload's pid into --pid-file and end with status 0 once it runs (--detach); what they started is then
   a child of the nearest subreaper, which is the sandbox's monitor.
 - `runsc` itself is that process: its sandbox process, and one of `runsc exec`, end with the workload's exit status.
@@ -38,6 +40,8 @@ class Runtime:
     platform: str = ""
     hide: str = ""
     state: Path | None = None
+    version: str = ""  # its own words
+    checkpoints: bool = False  # whether it can save a container and go on from that, by trying (probe.py)
 
     @property
     def accel(self) -> str:
@@ -75,6 +79,19 @@ class Runtime:
         """Sends a signal to the main process, or to the one with this pid inside the container (runsc only)."""
         one = ["--pid", str(inside_pid)] if inside_pid is not None else []
         return [*self.base(folder), "kill", *one, uid, str(signo)]
+
+    def checkpoint_argv(self, folder: Path, uid: str, image: Path) -> list[str]:
+        """Saves the container into the folder `image` and ends it, whether that worked or not (runsc only)."""
+        return [*self.base(folder), "checkpoint", f"--image-path={image}", uid]
+
+    def delete_argv(self, folder: Path, uid: str) -> list[str]:
+        """Forgets an ended container, so that another one can have its name."""
+        return [*self.base(folder), "delete", "--force", uid]
+
+    def restore_argv(self, folder: Path, uid: str, proc: int, image: Path) -> list[str]:
+        """Makes a container of the bundle in `folder` that goes on from what is saved in the folder `image`."""
+        options = [*self._process(folder, proc, tty=False), f"--image-path={image}", "--bundle", str(folder)]
+        return [*self.base(folder), "restore", *options, uid]
 
 
 def exit_code_of(words: str) -> int | None:

@@ -138,6 +138,13 @@ def write_blob(memory: CheckpointMemory, about: bytes, out: BinaryIO) -> None:
     out.flush()
 
 
+def is_blob(path: Path) -> bool:
+    """Whether the file ends as a checkpoint of a guest does. OSError."""
+    with path.open("rb") as file:
+        file.seek(max(0, file.seek(0, os.SEEK_END) - _TRAILER.size))
+        return file.read(len(_MAGIC)) == _MAGIC
+
+
 def read_about(path: Path) -> bytes:
     """What the blob is a checkpoint of. CheckpointUnusable names the blob."""
     descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)

@@ -40,6 +40,7 @@ from hostd.drivers.qemu.plan import GuestKernel, limits_for, machine_id_of
 from hostd.drivers.qemu.vmm import Launch, Vmms
 from hostd.errors import CannotCheckpoint, CheckpointUnusable, StartFailed
 from hostd.journal import Handle
+from hostd.spec import SandboxClass
 from hostd.tasks import to_its_end
 
 ENTROPY_BYTES = 64
@@ -91,6 +92,12 @@ class QemuCheckpointing:
     ) -> None:
         self._kernel, self._accel, self._vmms, self._cgroups = kernel, accel, vmms, cgroups
         self._clock, self._time_ns = clock, time_ns
+
+    classes = (SandboxClass.GUEST_KERNEL,)
+
+    def recognises(self, path: Path) -> bool:
+        """See Checkpointing.recognises."""
+        return checkpointblob.is_blob(path)
 
     # Taking.
 

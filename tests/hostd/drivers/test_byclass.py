@@ -11,7 +11,7 @@ import pytest
 
 from hostd.drivers.byclass import ByClass, class_of, lacking
 from hostd.drivers.contract import Checkpointing, Engine, StartPlan, TakenCheckpoint, Warming
-from hostd.errors import HostdError, InvalidSpec
+from hostd.errors import CheckpointUnusable, HostdError, InvalidSpec
 from hostd.journal import Handle
 from hostd.spec import SandboxClass
 from tests.contract.driver_suite import spec_of
@@ -57,11 +57,17 @@ def driver(asked: list[str]) -> ByClass:
 class Copying:
     """Checkpoints that only tell."""
 
+    def __init__(self, one: SandboxClass = GUEST) -> None:
+        self.classes = (one,)
+
+    def recognises(self, path: Path) -> bool:
+        return self.classes[0].value in path.name
+
     async def checkpoint(self, engine: Engine, offsets: Callable[[], dict[int, int]]) -> TakenCheckpoint:
         raise Told("checkpoint")
 
     def read_about(self, path: Path) -> bytes:
-        return b"about"
+        return self.classes[0].value.encode()
 
     def load_of(self, path: Path, pid: int) -> object:
         return f"{path} of {pid}"
@@ -119,13 +125,20 @@ def test_engines_by_name() -> None:
 
 
 async def test_checkpoints_are_of_the_classes_that_have_them(asked: list[str]) -> None:
-    drivers = {GUEST: Telling("qemu", asked, Copying()), HOST: Telling("crun", asked)}
-    checkpointing = ByClass(drivers, {}).checkpointing
+    drivers = {GUEST: Telling("qemu", asked, Copying()), USER: Telling("runsc", asked, Copying(USER))}
+    checkpointing = ByClass({**drivers, HOST: Telling("crun", asked)}, {}).checkpointing
     assert checkpointing is not None
-    assert (checkpointing.read_about(FOLDER), checkpointing.load(FOLDER)) == (b"about", str(FOLDER))
+    assert checkpointing.classes == (GUEST, USER)
+    for one in (GUEST, USER):  # whose a file is stands in it
+        path = Path(f"/a-{one.value}")
+        assert checkpointing.recognises(path)
+        assert (checkpointing.read_about(path), checkpointing.load(path)) == (one.value.encode(), str(path))
+        assert checkpointing.load_of(path, 5) == f"{path} of 5"
+    with pytest.raises(CheckpointUnusable, match="of no class that this host can restore"):
+        checkpointing.load(FOLDER)
     with pytest.raises(Told, match="restore"):
         await checkpointing.restore(plan(GUEST), None, {}, {}, lambda _: None)
-    with pytest.raises(InvalidSpec, match="host-kernel has no checkpoints; classes that have it: guest-kernel"):
+    with pytest.raises(InvalidSpec, match="host-kernel has no checkpoints; classes that have it: guest-kernel, user"):
         await checkpointing.restore(plan(HOST), None, {}, {}, lambda _: None)
     assert ByClass({HOST: Telling("crun", asked)}, {}).checkpointing is None
 

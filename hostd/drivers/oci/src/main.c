@@ -190,6 +190,10 @@ static void set_up(struct monitor *monitor, int argc, char **argv) {
             monitor->settings.with_init = true;
         } else if (strcmp(argv[at], "--hide") == 0 && at + 1 < argc) {
             monitor->settings.hide = argv[++at];
+        } else if (strcmp(argv[at], "--begin") == 0 && at + 2 < argc &&
+                   parse_u64(argv[at + 1], strlen(argv[at + 1]), &monitor->settings.begin[0]) &&
+                   parse_u64(argv[at + 2], strlen(argv[at + 2]), &monitor->settings.begin[1])) {
+            at += 2;
         } else {
             errno = 0;
             fail("unknown argument ", argv[at]);
@@ -223,10 +227,16 @@ int main(int argc, char **argv) {
         }
         return 0;
     }
-    if (argc == 2 && strcmp(argv[1], "probe") == 0) {
-        /* hostd/drivers/oci/probe.py asks whether a container runs here at all. */
+    if (argc == 2 && (strcmp(argv[1], "probe") == 0 || strcmp(argv[1], "probe-twice") == 0)) {
+        /* hostd/drivers/oci/probe.py asks whether a container runs here at all, and goes on from a
+         * checkpoint. */
         static const char said[] = "sandloom runs here\n";
-        return write(1, said, sizeof(said) - 1) == sizeof(said) - 1 ? 0 : 1;
+        char byte;
+        bool done = write(1, said, sizeof(said) - 1) == sizeof(said) - 1;
+        if (done && strcmp(argv[1], "probe-twice") == 0) {
+            done = read(0, &byte, 1) == 1 && write(1, said, sizeof(said) - 1) == sizeof(said) - 1;
+        }
+        return done ? 0 : 1;
     }
     umask(077);
     for (size_t i = 0; i < MAX_PROCS; i++) {

@@ -1,6 +1,6 @@
 /* The per-sandbox monitor: holds what must outlive hostd (pipes, terminals, exit statuses), and nothing else.
  *
- *     sandloom-monitor FOLDER [--init] [--hide PATH] -- CGROUP_PROCS...
+ *     sandloom-monitor FOLDER LISTENER [--init] [--hide PATH] [--begin OUT ERR] -- CGROUP_PROCS...
  *
  * It speaks the agent protocol (guestagent/PROTOCOL.md) on FOLDER/agent.sock, as a guest's agent does on its
  * port. START's argv is the command of an OCI runtime that detaches: `crun run --detach`, `runsc exec
@@ -10,7 +10,11 @@
  *
  * --init: process 1 runs behind our own init (init.c), which gets its program as descriptor 3 and a socket
  * for its reports as descriptor 4, with which the kernel tells init's pid. --hide: a mount that the runtime
- * must not see (crun refuses cgroup v1 beside v2).
+ * must not see (crun refuses cgroup v1 beside v2). --begin: how much main had printed before, in a sandbox
+ * that goes on from a checkpoint.
+ *
+ * FREEZE and THAW frame a checkpoint, which ends the runtime's process (hold.c): what is held does not count
+ * as ended, keeps its pipes, and is started again by THAW with the command in FOLDER/again.
  */
 #ifndef SANDLOOM_MONITOR_H
 #define SANDLOOM_MONITOR_H
@@ -53,7 +57,11 @@ struct process {
     int console;       /* where the runtime sends the terminal, until it did */
     int reports;       /* our end of init's socket */
     bool tty, with_init, told, followed, exit_sent;
-    bool doomed; /* to be killed as soon as it runs */
+    bool doomed;                   /* to be killed as soon as it runs */
+    bool held, lapsed, lapse_told; /* hold.c: its end does not count; it has ended; and the file says so */
+    bool again;                    /* the runtime's command that runs is of THAW */
+    uint32_t again_id;             /* the THAW that waits for it */
+    int kept[3];                   /* its ends of stdin, stdout, stderr while it is held; -1: none */
     int wait_status;
     uint16_t rows, cols;
     struct output streams[2];
@@ -63,7 +71,8 @@ struct process {
 struct settings {
     bool with_init;
     const char *hide;
-    int program; /* our own executable, for init */
+    uint64_t begin[2]; /* offsets of main's streams */
+    int program;       /* our own executable, for init */
 };
 
 /* A child that ended before anybody knew whose it was. */
@@ -87,9 +96,13 @@ struct monitor {
 /* spawn.c. NULL, or what failed with errno in *error; then nothing is left of it. */
 const char *spawn_runtime(struct process *process, const struct start *start, const struct settings *settings,
                           int *error);
+/* The same for a held process with the command in the file `again`, and the ends that were kept. */
+const char *spawn_again(struct process *process, const struct settings *settings, int *error);
 void close_fd(int *fd);
 
 /* process.c */
+/* Removes FOLDER/PROC<suffix>. */
+void unlink_own(const struct process *process, const char *suffix);
 void process_init(struct process *process, uint32_t proc);
 void process_free(struct process *process);
 struct process *process_find(struct monitor *monitor, uint32_t proc);
@@ -99,12 +112,27 @@ void processes_reap(struct monitor *monitor);
 void process_settle(struct monitor *monitor, struct process *process);
 /* Takes init's reports. */
 void process_report(struct monitor *monitor, struct process *process);
-bool process_take_terminal(struct process *process);
 /* Moves bytes between the process and its windows as far as both allow. */
 void process_pump(struct process *process);
 /* 0 or an errno. */
 int process_signal(struct process *process, int signo);
+
+/* terminal.c. False while, and when, none came; 0 or an errno. */
+bool process_take_terminal(struct process *process);
 int process_resize(const struct process *process, uint16_t rows, uint16_t cols);
+
+/* hold.c. 0 or an errno; -1: the reply comes later. */
+int hold_begin(struct process *process);
+int hold_end(struct monitor *monitor, struct process *process, uint32_t id);
+/* Whether this end of a process is none: it is held. */
+bool hold_takes(struct monitor *monitor, struct process *process, int wait_status);
+/* Says in the file `lapsed` how much it had printed, once all of that was taken out of its pipes. */
+void hold_tell(struct process *process);
+/* THAW's command is done; whether the process runs. */
+void hold_over(struct monitor *monitor, struct process *process, bool runs);
+
+/* process.c: the end of a process, for whoever waits for it. */
+void process_ended(struct monitor *monitor, struct process *process, int wait_status);
 
 /* session.c */
 void session_reset(struct monitor *monitor);
@@ -113,6 +141,7 @@ void session_receive(struct monitor *monitor);
 /* Queues what followed processes may say now. */
 void session_say(struct monitor *monitor);
 void reply_pid(struct monitor *monitor, uint32_t id, pid_t pid);
+void reply_errno(struct monitor *monitor, uint32_t id, int error);
 void reply_refusal(struct monitor *monitor, uint32_t id, int error, const char *text, size_t size);
 
 /* init.c: PID 1 of a container; runs argv as its child. Never returns. */

@@ -7,14 +7,10 @@
 #include <signal.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/ioctl.h>
 #include <sys/socket.h>
 #include <sys/syscall.h>
-#include <sys/time.h>
 #include <sys/wait.h>
 #include <unistd.h>
-
-enum { TERMINAL_DEADLINE_S = 5 };
 
 static const char END_OF_INPUT = 4; /* ^D, what a terminal takes for end of file */
 
@@ -22,9 +18,10 @@ void process_init(struct process *process, uint32_t proc) {
     memset(process, 0, sizeof(*process));
     process->proc = proc;
     process->in = process->out = process->err = process->console = process->reports = process->pidfd = -1;
+    process->kept[0] = process->kept[1] = process->kept[2] = -1;
 }
 
-static void unlink_own(const struct process *process, const char *suffix) {
+void unlink_own(const struct process *process, const char *suffix) {
     char name[32];
     struct text text;
     text_init(&text, name, sizeof(name));
@@ -34,8 +31,8 @@ static void unlink_own(const struct process *process, const char *suffix) {
 }
 
 void process_free(struct process *process) {
-    int *fds[] = {&process->in,      &process->out,     &process->err,
-                  &process->console, &process->reports, &process->pidfd};
+    int *fds[] = {&process->in,    &process->out,     &process->err,     &process->console, &process->reports,
+                  &process->pidfd, &process->kept[0], &process->kept[1], &process->kept[2]};
     for (size_t i = 0; i < sizeof(fds) / sizeof(fds[0]); i++) {
         close_fd(fds[i]);
     }
@@ -59,6 +56,10 @@ struct process *process_find(struct monitor *monitor, uint32_t proc) {
 /* The start failed: says so, with what the runtime printed, and forgets the process. When hostd went away
  * meanwhile the process has ended instead, as the next one will see. */
 static void refuse(struct monitor *monitor, struct process *process, int error, const char *fallback) {
+    if (process->again) {
+        hold_over(monitor, process, false);
+        return;
+    }
     if (process->start_id == 0) {
         process->stage = STAGE_ENDED;
         process->wait_status = (error == ENOENT ? 127 : 126) << 8;
@@ -96,39 +97,13 @@ static pid_t read_pid_file(const struct process *process) {
     return size > 0 && parse_u64(digits, (size_t)size, &value) && value < INT32_MAX ? (pid_t)value : 0;
 }
 
-/* The terminal that the runtime sends: see "--console-socket" in crun(1). Taken as soon as it comes, so that
- * a program that asks for its size at once finds it. False while, and when, none came. */
-bool process_take_terminal(struct process *process) {
-    char byte, room[CMSG_SPACE(sizeof(int))];
-    struct iovec data = {&byte, 1};
-    struct msghdr message = {
-        .msg_iov = &data, .msg_iovlen = 1, .msg_control = room, .msg_controllen = sizeof(room)};
-    if (process->out >= 0) {
-        return true;
-    }
-    int peer = process->console >= 0 ? accept4(process->console, NULL, NULL, SOCK_CLOEXEC) : -1;
-    struct timeval patience = {.tv_sec = TERMINAL_DEADLINE_S};
-    if (peer >= 0) {
-        setsockopt(peer, SOL_SOCKET, SO_RCVTIMEO, &patience, sizeof(patience));
-    }
-    ssize_t got = peer >= 0 ? recvmsg(peer, &message, MSG_CMSG_CLOEXEC) : -1;
-    struct cmsghdr *head = got >= 0 ? CMSG_FIRSTHDR(&message) : NULL;
-    if (head != NULL && head->cmsg_type == SCM_RIGHTS && head->cmsg_len == CMSG_LEN(sizeof(int))) {
-        memcpy(&process->out, CMSG_DATA(head), sizeof(int));
-        fcntl(process->out, F_SETFL, O_NONBLOCK);
-        process->in = fcntl(process->out, F_DUPFD_CLOEXEC, 0);
-    }
-    if (peer >= 0) {
-        close_fd(&peer);
-        close_fd(&process->console);
-        unlink_own(process, ".tty");
-    }
-    return process->out >= 0 && process_resize(process, process->rows, process->cols) == 0;
-}
-
 /* The workload runs. */
 static void started(struct monitor *monitor, struct process *process) {
     process->stage = STAGE_RUNNING;
+    if (process->again) {
+        hold_over(monitor, process, true);
+        return;
+    }
     if (process->tty) {
         close_fd(&process->err);
         process->streams[1].closed = true;
@@ -140,7 +115,10 @@ static void started(struct monitor *monitor, struct process *process) {
     }
 }
 
-static void ended(struct monitor *monitor, struct process *process, int wait_status) {
+void process_ended(struct monitor *monitor, struct process *process, int wait_status) {
+    if (hold_takes(monitor, process, wait_status)) {
+        return;
+    }
     process_report(monitor, process); /* init's last word comes before init's end */
     if (process->proc == 0) {
         return; /* it said that exec failed: refused and forgotten */
@@ -189,7 +167,7 @@ static void runtime_done(struct monitor *monitor, struct process *process, int w
         struct unclaimed *one = &monitor->unclaimed[i];
         if (one->pid == process->pid) {
             one->pid = 0;
-            ended(monitor, process, one->wait_status);
+            process_ended(monitor, process, one->wait_status);
         }
     }
 }
@@ -295,7 +273,7 @@ void processes_reap(struct monitor *monitor) {
             if (process->runtime == pid) {
                 runtime_done(monitor, process, status);
             } else if (process->pid == pid) {
-                ended(monitor, process, status);
+                process_ended(monitor, process, status);
             }
         }
         if (!claimed) {
@@ -360,6 +338,7 @@ void process_pump(struct process *process) {
     }
     pump_output(&process->streams[0], &process->out, over);
     pump_output(&process->streams[1], &process->err, over);
+    hold_tell(process);
     if (over || (process->tty && process->out < 0)) {
         close_fd(&process->in);
     }
@@ -378,12 +357,4 @@ int process_signal(struct process *process, int signo) {
         return syscall(SYS_pidfd_send_signal, process->pidfd, signo, NULL, 0) < 0 ? errno : 0;
     }
     return kill(process->pid, signo) < 0 ? errno : 0;
-}
-
-int process_resize(const struct process *process, uint16_t rows, uint16_t cols) {
-    struct winsize size = {.ws_row = rows, .ws_col = cols};
-    if (!process->tty || process->out < 0) {
-        return process->stage == STAGE_ENDED ? ESRCH : ENOTTY;
-    }
-    return ioctl(process->out, TIOCSWINSZ, &size) < 0 ? errno : 0;
 }

@@ -17,7 +17,7 @@ void session_reset(struct monitor *monitor) {
     for (size_t i = 0; i < MAX_PROCS; i++) {
         struct process *process = &monitor->processes[i];
         process->followed = process->exit_sent = false;
-        process->start_id = 0; /* nobody waits for that reply any more */
+        process->start_id = process->again_id = 0; /* nobody waits for that reply any more */
         output_restart(&process->streams[0]);
         output_restart(&process->streams[1]);
         process->input.acked = process->input.window.base;
@@ -51,7 +51,7 @@ void reply_refusal(struct monitor *monitor, uint32_t id, int error, const char *
     reply(monitor, id, error, text, size);
 }
 
-static void reply_errno(struct monitor *monitor, uint32_t id, int error) {
+void reply_errno(struct monitor *monitor, uint32_t id, int error) {
     const char *text = strerror(error);
     reply(monitor, id, error, text, strlen(text));
 }
@@ -136,6 +136,9 @@ static void start(struct monitor *monitor, const struct message *message) {
     process->cols = message->of.start.cols;
     process->with_init = monitor->settings.with_init && message->proc == MAIN_PROC;
     process->followed = true;
+    for (size_t i = 0; i < 2 && message->proc == MAIN_PROC; i++) {
+        process->streams[i].window.base = process->streams[i].sent = monitor->settings.begin[i];
+    }
     const char *problem = spawn_runtime(process, &message->of.start, &monitor->settings, &error);
     if (problem != NULL) {
         reply(monitor, message->id, error, problem, strlen(problem));
@@ -181,6 +184,14 @@ static void about_process(struct monitor *monitor, const struct message *message
     }
 }
 
+static void thaw(struct monitor *monitor, uint32_t id) {
+    struct process *process = process_find(monitor, MAIN_PROC);
+    int error = process == NULL ? 0 : hold_end(monitor, process, id);
+    if (error >= 0) {
+        reply_errno(monitor, id, error);
+    }
+}
+
 static void handle(struct monitor *monitor, const struct message *message) {
     struct process *process;
     switch (message->kind) {
@@ -204,6 +215,13 @@ static void handle(struct monitor *monitor, const struct message *message) {
     case KIND_WINSIZE:
     case KIND_FORGET:
         about_process(monitor, message);
+        return;
+    case KIND_FREEZE:
+        process = process_find(monitor, MAIN_PROC);
+        reply_errno(monitor, message->id, process == NULL ? ESRCH : hold_begin(process));
+        return;
+    case KIND_THAW:
+        thaw(monitor, message->id);
         return;
     default: /* CONFIGURE, STATS and SHUTDOWN are for a guest of its own */
         reply_errno(monitor, message->id, EOPNOTSUPP);

@@ -188,3 +188,40 @@ const char *spawn_runtime(struct process *process, const struct start *start, co
     free(env);
     return problem;
 }
+
+/* FOLDER/again: the words of a command, each with its NUL. */
+static char **read_again(char *text, size_t room, char **words, size_t most) {
+    int fd = open("again", O_RDONLY | O_CLOEXEC | O_NOFOLLOW);
+    ssize_t size = fd >= 0 ? read(fd, text, room) : -1;
+    close_fd(&fd);
+    size_t count = 0;
+    if (size <= 0 || text[size - 1] != '\0') {
+        return NULL;
+    }
+    for (char *at = text; at < text + size && count + 1 < most; at += strlen(at) + 1) {
+        words[count++] = at;
+    }
+    words[count] = NULL;
+    return count > 0 ? words : NULL;
+}
+
+const char *spawn_again(struct process *process, const struct settings *settings, int *error) {
+    static char path[] = "PATH=/usr/sbin:/usr/bin:/sbin:/bin";
+    char text[8192], *words[64], *env[] = {path, NULL};
+    struct child_fds theirs = {process->kept[0], process->kept[1], process->kept[2], -1};
+    char **argv = read_again(text, sizeof(text), words, sizeof(words) / sizeof(words[0]));
+    *error = EINVAL;
+    if (argv == NULL) {
+        return "no command to go on with";
+    }
+    process->runtime = fork();
+    if (process->runtime == 0) {
+        child(argv, env, theirs, settings);
+    }
+    *error = errno;
+    if (process->runtime < 0) {
+        process->runtime = 0;
+        return "cannot fork";
+    }
+    return NULL;
+}
