@@ -34,7 +34,7 @@ TABLE: Mapping[str, frozenset[Role]] = {
     ),
     **_all("Tenants", USERS, "GetTenant"),
     **_all("Tenants", OPERATORS, "CreateTenant", "ListTenants", "UpdateTenant", "DeleteTenant"),
-    **_all("Hosts", OPERATORS, "GetHost", "ListHosts"),
+    **_all("Hosts", OPERATORS, "GetHost", "ListHosts", "CordonHost", "UncordonHost", "DrainHost", "RemoveHost"),
     **_all(
         "HostSync", HOSTS, "ReportHost", "WatchAssignments", "WatchPools", "ReportSandbox", "RecordEvent",
     ),

@@ -26,8 +26,8 @@ from google.protobuf.message import DecodeError
 
 from controlplane import access
 from controlplane.api.errors import ControlPlaneError
-from controlplane.api.identity import NAME_PATTERN, Identity, Role, peer_identity
-from controlplane.api.status import Condition, Failure, abort, parse_error
+from controlplane.api.identity import NAME_PATTERN, Identity, Role, peer_identity, peer_serial
+from controlplane.api.status import HOST_REMOVED, Condition, Failure, abort, parse_error
 from controlplane.errors import Denied, IdentityError, Invalid, NotFound, OperationError, Unavailable
 from controlplane.tenancy import DEFAULT_TENANT
 
@@ -68,9 +68,10 @@ class Gate(Interceptor):
     """One server's gate, and an interceptor of it. `close` ends every call that is open."""
 
     def __init__(
-        self, is_tenant: Callable[[str], bool], *, unary_deadline_s: float = UNARY_DEADLINE_S
+        self, is_tenant: Callable[[str], bool], is_host: Callable[[str, str], bool],
+        *, unary_deadline_s: float = UNARY_DEADLINE_S,
     ) -> None:  # fmt: skip
-        self._is_tenant, self.unary_deadline_s = is_tenant, unary_deadline_s
+        self._is_tenant, self._is_host, self.unary_deadline_s = is_tenant, is_host, unary_deadline_s
         self._sending: set[asyncio.Task[Any]] = set()
         self._open: set[asyncio.Task[Any]] = set()
         self._closing = False
@@ -160,6 +161,8 @@ class Gate(Interceptor):
             if not self._is_tenant(identity.name):
                 raise Denied("TenantUnknown", f"{identity} is not recorded (any more): ask an operator")
             return Caller(identity, identity.name)
+        if identity.role is Role.HOST:
+            self.require_host(context)
         if identity.role is not Role.OPERATOR:
             return Caller(identity, "")
         tenant = asked[0] if asked else DEFAULT_TENANT
@@ -169,6 +172,14 @@ class Gate(Interceptor):
             text = f"there is no tenant {tenant}: `sandloom tenants create {tenant}` makes it"
             raise NotFound("TenantNotFound", text, tenant=tenant)
         return Caller(identity, tenant)
+
+    def require_host(self, context: Context) -> None:
+        """Denied once the host that calls was removed, or its certificate replaced."""
+        peer = context.auth_context()
+        identity = peer_identity(peer)
+        if not self._is_host(identity.name, peer_serial(peer)):
+            text = f"{identity} was removed, or joined anew with another certificate: end what it runs, or join again"
+            raise Denied(HOST_REMOVED, text, host=identity.name)
 
     async def close(self, grace_s: float) -> None:
         """Ends every open call, and every later one, with UNAVAILABLE (ServerStopping); returns when they have ended,

@@ -9,6 +9,7 @@ image-use/<tenant>/<digest>          uid of the newest user; guards an image aga
 residency/<tenant>/<digest>/<host>   Residency
 pools/<tenant>/<name>                Pool
 hosts/<host>                         Host
+members/<host>                       Member; outlives the host as a tombstone
 alive/<host>                         present as long as the host's lease is
 tenants/<tenant>                     Tenant
 placements/<host>                    uid last placed there; guards the host against two placements of one view
@@ -21,7 +22,7 @@ ALL = ""
 SANDBOXES, UIDS, NAMES, REQUESTS = "sandboxes/", "uids/", "names/", "requests/"
 IMAGES, IMAGE_USE, RESIDENCY = "images/", "image-use/", "residency/"
 HOSTS, ALIVE, PLACEMENTS, EVENTS = "hosts/", "alive/", "placements/", "events/"
-POOLS, TENANTS = "pools/", "tenants/"
+POOLS, TENANTS, MEMBERS = "pools/", "tenants/", "members/"
 
 
 def sandboxes_of(tenant: str) -> str:
@@ -99,6 +100,11 @@ def tenant(of: str) -> str:
 def host(of: str) -> str:
     """The key of a host's report."""
     return f"{HOSTS}{of}"
+
+
+def member(host: str) -> str:
+    """The key of what operators decided of a host."""
+    return f"{MEMBERS}{host}"
 
 
 def alive(host: str) -> str:

@@ -1,6 +1,7 @@
 """The life of a sandbox as the control plane sees it: one table. Pure.
 
-Hosts report only the newest status, so steps between two reports may be left out; going back is a fault.
+Hosts report only the newest status, so steps between two reports may be left out; going back is a fault. The table is
+that of one epoch: a sandbox that begins anew elsewhere (transitions.replaced, transitions.moved) is PENDING again.
 """
 
 from __future__ import annotations

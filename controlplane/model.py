@@ -41,6 +41,13 @@ class SandboxClass(Enum):
     HOST_KERNEL = "host-kernel"
 
 
+class RestartPolicy(Enum):
+    """What becomes of a sandbox whose host is lost, removed or drained."""
+
+    NEVER = "never"
+    ON_HOST_LOSS = "on-host-loss"
+
+
 class ResizeState(Enum):
     """How far the last resize got."""
 
@@ -94,6 +101,7 @@ class SandboxSpec:
     hostname: str = ""
     cold: bool = False
     checkpoint: str = ""  # the id of what it goes on from
+    restart: RestartPolicy = RestartPolicy.NEVER
 
 
 @dataclass(frozen=True)
@@ -137,7 +145,8 @@ class LayerSize:
 
 @dataclass(frozen=True)
 class Sandbox:
-    """The record of one sandbox. `host` is empty while it has none; `vcpus` is the ceiling of its CPU."""
+    """The record of one sandbox. `host` is empty while it has none; `vcpus` is the ceiling of its CPU. `leaving`: the
+    host that has to end it at `leaving_epoch` before it may begin anew elsewhere."""
 
     name: str
     uid: str
@@ -151,6 +160,8 @@ class Sandbox:
     epoch: int = 0
     status: SandboxStatus = SandboxStatus()
     stop_grace_s: int = 10
+    leaving: str = ""
+    leaving_epoch: int = 0
     revision: int = field(default=0, metadata=REVISION)
 
 
@@ -272,6 +283,15 @@ class HostPool:
 
 
 @dataclass(frozen=True)
+class Resident:
+    """How much of one kind a host's store holds."""
+
+    kind: str
+    count: int
+    size_bytes: int
+
+
+@dataclass(frozen=True)
 class Host:
     """A host's last report. Whether it is READY is its lease's matter, not this record's."""
 
@@ -289,6 +309,8 @@ class Host:
     image_digests: tuple[str, ...] = ()
     sandboxes: int = 0
     pools: tuple[HostPool, ...] = ()
+    kernel_features: tuple[str, ...] = ()
+    resident: tuple[Resident, ...] = ()
     revision: int = field(default=0, metadata=REVISION)
 
 

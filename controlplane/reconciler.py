@@ -13,8 +13,10 @@ from collections.abc import Awaitable, Callable
 
 from controlplane import codec, events, keys, lifecycle
 from controlplane.api.v1 import hosts_pb2
+from controlplane.drains import Drains
 from controlplane.errors import Conflict, ControlPlaneError
 from controlplane.images import Images
+from controlplane.membership import Standing
 from controlplane.model import DesiredState, Event, Phase, Residency, Sandbox
 from controlplane.records import Records
 from controlplane.relay import HostLinks, answer
@@ -41,12 +43,13 @@ class Reconciler:
 
     def __init__(
         self, store: Store, view: View, records: Records, sandboxes: Sandboxes, images: Images, links: HostLinks,
-        event_log: events.EventLog, *, lost_grace_s: float, history_s: float, now_s: Callable[[], float] = time.time,
+        event_log: events.EventLog, drains: Drains, *, lost_grace_s: float, history_s: float,
+        now_s: Callable[[], float] = time.time,
         clock_s: Callable[[], float] = time.monotonic,
     ) -> None:  # fmt: skip
         self._store, self._view, self._records = store, view, records
         self._sandboxes, self._images = sandboxes, images
-        self._links, self._events = links, event_log
+        self._links, self._events, self._drains = links, event_log, drains
         self._lost_grace_s, self._history_s = lost_grace_s, history_s
         self._now_s, self._clock_s = now_s, clock_s
         self._lost_since_s: dict[str, float] = {}
@@ -55,7 +58,9 @@ class Reconciler:
     async def run(self) -> None:
         """Until cancelled."""
         async with asyncio.TaskGroup() as group:
-            group.create_task(self._rounds(self._lost_hosts, self._pending, self._orphans), name="reconciler")
+            group.create_task(
+                self._rounds(self._lost_hosts, self._orphans, self._drains.step, self._pending), name="reconciler"
+            )
             group.create_task(self._rounds(self._forget_images), name="images")  # may wait for hosts
             group.create_task(self._every(HOUSE_S, self._keep_house), name="housekeeper")
 
@@ -97,6 +102,8 @@ class Reconciler:
     async def _pending(self) -> None:
         waiting = [s for s in self._open_ends() if s.status.phase is Phase.PENDING]
         for sandbox in sorted(waiting, key=lambda s: (s.created_at_s, s.uid)):
+            if sandbox.leaving and self._still_has(sandbox.leaving):
+                continue  # it must have ended there first
             if sandbox.desired is DesiredState.RUNNING and self._view.sandboxes.get(sandbox.uid) is sandbox:
                 await self._sandboxes.place_pending(sandbox)
 
@@ -115,7 +122,7 @@ class Reconciler:
 
     async def _orphans(self) -> None:
         """Sandboxes of hosts that are lost for longer than the grace, or that nobody will ever remove."""
-        due = {name for name, since in self._lost_since_s.items() if self._clock_s() - since >= self._lost_grace_s}
+        due = self._gone()
         on_lost = [sandbox for name in sorted(due) for sandbox in self._view.on_host(name)]
         for sandbox in {s.uid: s for s in [*on_lost, *self._open_ends()]}.values():
             lost = sandbox.host in due
@@ -124,6 +131,15 @@ class Reconciler:
             removable = sandbox.desired is DesiredState.REMOVED and (not sandbox.host or (lost or self._away(sandbox)))
             if (lost and not ended) or removable or left_over:
                 await self._give_up(sandbox)
+
+    def _gone(self) -> set[str]:
+        """Hosts that are not to be waited for: lost for longer than the grace, or removed."""
+        due = {name for name, since in self._lost_since_s.items() if self._clock_s() - since >= self._lost_grace_s}
+        removed = {name for name, m in self._view.members.items() if m.standing is Standing.REMOVED}
+        return due | removed
+
+    def _still_has(self, host: str) -> bool:
+        return host not in self._gone() and host in self._view.hosts
 
     def _away(self, sandbox: Sandbox) -> bool:
         ended = sandbox.status.phase in lifecycle.ENDED
@@ -135,6 +151,9 @@ class Reconciler:
             return
         if not sandbox.host:
             await self._records.remove(stored, "Removed", "no host has it")
+            return
+        if self._view.member(sandbox.host).standing is Standing.REMOVED:
+            await self._records.give_up(stored, "HostRemoved", f"host {sandbox.host} was removed")
             return
         text = f"host {sandbox.host} is LOST: its lease ran out and it did not return in {self._lost_grace_s:g} s"
         await self._records.give_up(stored, "HostLost", text)

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from controlplane import codec, events, keys, lifecycle, transitions
+from controlplane import codec, events, keys, lifecycle, membership, transitions
 from controlplane.errors import NotFound
 from controlplane.model import DesiredState, Event, Sandbox
 from controlplane.store.contract import Delete, Expect, Put, Record, Store, Write
@@ -77,11 +77,17 @@ class Records:
         await self._store.commit([*writes, self.event(sandbox, reason, message)], expect)
 
     async def give_up(self, stored: Stored, reason: str, message: str) -> None:
-        """FAILED, on no host, fenced against its old one; an ended one stays as it ended, a --rm one is removed."""
+        """On no host any more, fenced against its old one: PENDING where it begins anew, else FAILED. One that
+        has ended stays as it ended; what is removed when it ends is removed."""
         sandbox = stored.sandbox
         epoch = max(self._view.revision, sandbox.epoch + 1)
         if sandbox.status.phase in lifecycle.ENDED:
             after = replace(sandbox, host="", epoch=epoch)
+        elif membership.begins_anew(sandbox):
+            after = transitions.replaced(sandbox, message, epoch)
+            told = self.event(after, "Replaced", f"begins anew from epoch {epoch} on: {message}")
+            await self._store.commit([Put(stored.record.key, codec.encode(after)), told], [stored.expect])
+            return
         else:
             after = transitions.failed(sandbox, reason, message, epoch, self._now_s())
         if sandbox.spec.remove_on_exit or sandbox.desired is DesiredState.REMOVED:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from controlplane import codec, transitions
+from controlplane import codec, lifecycle, transitions
 from controlplane.errors import Conflict, NotFound, Precondition
 from controlplane.model import DesiredState
 from controlplane.records import Records, Stored
@@ -24,13 +24,22 @@ class Reports:
             stored = await self._records.find_uid(report.uid)
             if stored is None:
                 raise NotFound("SandboxNotFound", f"there is no sandbox {report.uid}: let go of it", uid=report.uid)
-            transitions.require_current(stored.sandbox, report)
+            sandbox = stored.sandbox
+            leaving = bool(sandbox.leaving) and (report.host, report.epoch) == (sandbox.leaving, sandbox.leaving_epoch)
+            if not leaving:
+                transitions.require_current(sandbox, report)
             try:
-                await self._report_once(stored, report)
+                await (self._leaves if leaving else self._report_once)(stored, report)
             except Conflict:
                 continue
             return
         raise Conflict("Busy", f"sandbox {report.uid} changes too fast: retry")
+
+    async def _leaves(self, stored: Stored, report: Report) -> None:
+        """A host that the sandbox leaves says how far it is: once it has ended there, it may begin elsewhere."""
+        if report.removed or report.status.phase in lifecycle.ENDED:
+            after = transitions.let_go(stored.sandbox)
+            await self._store.commit([Put(stored.record.key, codec.encode(after))], [stored.expect])
 
     async def _report_once(self, stored: Stored, report: Report) -> None:
         sandbox = stored.sandbox

@@ -41,6 +41,7 @@ from controlplane.api.v1 import (
 )
 from controlplane.checkpoints import Checkpoints
 from controlplane.config import Config, load
+from controlplane.drains import Drains
 from controlplane.errors import ConfigError, ControlPlaneError
 from controlplane.events import EventLog
 from controlplane.gate import Gate
@@ -87,7 +88,7 @@ class ControlPlane:
         self.config, self.store, self.links = config, store, links
         self.view = View(store)
         self.tenants = Tenants(store, self.view, dict(config.quotas))
-        self.gate = Gate(lambda name: self.tenants.find(name) is not None)
+        self.gate = Gate(lambda name: self.tenants.find(name) is not None, lambda *known: self.registry.admits(*known))
         self.event_log = EventLog(store, kept=config.kept_events)
         self.images = Images(store, self.view, quota_of=self.tenants.quota)
         self.records = Records(store, self.view)
@@ -95,8 +96,9 @@ class ControlPlane:
         self.sandboxes = Sandboxes(store, self.view, self.records, self.images, self.tenants)
         self.pools = Pools(store, self.view, self.images, quota_of=self.tenants.quota)
         self.registry = Registry(store, self.view, self.images, config.lease_s)
+        self.drains = Drains(store, self.view, self.records, self.registry)
         self.reconciler = Reconciler(
-            store, self.view, self.records, self.sandboxes, self.images, links, self.event_log,
+            store, self.view, self.records, self.sandboxes, self.images, links, self.event_log, self.drains,
             lost_grace_s=config.lost_grace_s, history_s=config.history_s,
         )  # fmt: skip
         self.locator = Locator(self.records, self.view)
@@ -112,7 +114,9 @@ class ControlPlane:
         images_pb2_grpc.add_ImagesServicer_to_server(
             ImagesService(self.gate, self.store, self.view, self.images, self.links), server
         )
-        hosts_pb2_grpc.add_HostsServicer_to_server(HostsService(self.gate, self.store, self.registry), server)
+        hosts_pb2_grpc.add_HostsServicer_to_server(
+            HostsService(self.gate, self.store, self.registry, self.view, self.drains), server
+        )
         hosts_pb2_grpc.add_HostSyncServicer_to_server(
             HostSyncService(self.gate, self.view, self.registry, self.reports, self.event_log),
             server,

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import aclosing
 
 from controlplane import keys, watching
 from controlplane.api.v1 import hosts_pb2, hosts_pb2_grpc, pools_pb2, sandboxes_pb2
+from controlplane.drains import Drains
 from controlplane.edge import hosts as edge
 from controlplane.edge import news
 from controlplane.edge import sandboxes as sandbox_edge
@@ -16,6 +18,7 @@ from controlplane.errors import Denied
 from controlplane.events import EventLog
 from controlplane.gate import Caller, Context, Gate
 from controlplane.listing import list_page
+from controlplane.membership import Standing
 from controlplane.model import Host
 from controlplane.registry import Registry
 from controlplane.reports import Reports
@@ -26,14 +29,14 @@ from controlplane.view import View
 class HostsService(hosts_pb2_grpc.HostsServicer):
     """What operators see of hosts."""
 
-    def __init__(self, gate: Gate, store: Store, registry: Registry) -> None:
+    def __init__(self, gate: Gate, store: Store, registry: Registry, view: View, drains: Drains) -> None:
         self._gate, self._store, self._registry = gate, store, registry
+        self._view, self._drains = view, drains
 
     async def GetHost(self, request: hosts_pb2.GetHostRequest, context: Context) -> hosts_pb2.Host:
         """See hosts.proto."""
         async with self._gate.admit(context):
-            host = await self._registry.get(sandbox_edge.parse_name(request.name))
-            return edge.render_host(host, ready=self._registry.is_ready(host.name))
+            return self._rendered(await self._registry.get(sandbox_edge.parse_name(request.name)))
 
     async def ListHosts(self, request: hosts_pb2.ListHostsRequest, context: Context) -> hosts_pb2.ListHostsResponse:
         """See hosts.proto."""
@@ -42,10 +45,44 @@ class HostsService(hosts_pb2_grpc.HostsServicer):
                 self._store, Host, keys.HOSTS, page_size=request.page_size, page_token=request.page_token, of="hosts"
             )
             return hosts_pb2.ListHostsResponse(
-                hosts=[edge.render_host(host, ready=self._registry.is_ready(host.name)) for host in listed.values],
+                hosts=[self._rendered(host, plan=False) for host in listed.values],
                 next_page_token=listed.next_token,
                 resource_version=listed.revision,
             )
+
+    async def CordonHost(self, request: hosts_pb2.CordonHostRequest, context: Context) -> hosts_pb2.Host:
+        """See hosts.proto."""
+        async with self._gate.admit(context):
+            return self._rendered(await self._change(request.name, Standing.CORDONED))
+
+    async def UncordonHost(self, request: hosts_pb2.UncordonHostRequest, context: Context) -> hosts_pb2.Host:
+        """See hosts.proto."""
+        async with self._gate.admit(context):
+            return self._rendered(await self._change(request.name, Standing.OPEN))
+
+    async def DrainHost(self, request: hosts_pb2.DrainHostRequest, context: Context) -> hosts_pb2.Host:
+        """See hosts.proto."""
+        async with self._gate.admit(context):
+            name = sandbox_edge.parse_name(request.name)
+            if self._view.member(name).standing is Standing.DRAINED:
+                return self._rendered(await self._registry.get(name))
+            return self._rendered(await self._change(name, Standing.DRAINING, force=request.force))
+
+    async def RemoveHost(self, request: hosts_pb2.RemoveHostRequest, context: Context) -> hosts_pb2.RemoveHostResponse:
+        """See hosts.proto."""
+        async with self._gate.admit(context):
+            name = sandbox_edge.parse_name(request.name)
+            await self._registry.remove(name, force=request.force, allow_missing=request.allow_missing)
+            return hosts_pb2.RemoveHostResponse()
+
+    async def _change(self, name: str, to: Standing, *, force: bool = False) -> Host:
+        return await self._registry.change(sandbox_edge.parse_name(name), to, force=force)
+
+    def _rendered(self, host: Host, *, plan: bool = True) -> hosts_pb2.Host:
+        member = self._view.member(host.name)
+        draining = plan and member.standing is Standing.DRAINING
+        blockers = self._drains.plan(host.name).blockers if draining else ()
+        return edge.render_host(host, member, alive=self._registry.is_alive(host.name), blockers=blockers)
 
 
 class HostSyncService(hosts_pb2_grpc.HostSyncServicer):
@@ -71,7 +108,8 @@ class HostSyncService(hosts_pb2_grpc.HostSyncServicer):
         """See hosts.proto."""
         async with self._gate.admit(context, stream=True) as caller:
             _require_itself(caller, request.host)
-            async with aclosing(watching.watch_assignments(self._view, request.host)) as changes:
+            still = functools.partial(self._gate.require_host, context)
+            async with aclosing(watching.watch_assignments(self._view, request.host, require=still)) as changes:
                 async for told in changes:
                     yield news.render_told_host(told)
 

@@ -17,7 +17,7 @@ STOPPED_EXIT_CODE = 137
 def scheduled(sandbox: Sandbox, host: str, epoch: int, *, why: str = "") -> Sandbox:
     """Assigned to `host` from `epoch` on, which is higher than any before; `why` says what spoke for that host."""
     status = SandboxStatus(Phase.SCHEDULED, message=f"waiting for host {host} to begin{f'; {why}' if why else ''}")
-    return replace(sandbox, host=host, epoch=epoch, status=status)
+    return replace(sandbox, host=host, epoch=epoch, status=status, leaving="", leaving_epoch=0)
 
 
 def stopped(sandbox: Sandbox, grace_s: int, now_s: float) -> Sandbox:
@@ -44,6 +44,32 @@ def failed(sandbox: Sandbox, reason: str, message: str, epoch: int, now_s: float
         sandbox.status, phase=Phase.FAILED, reason=reason, message=message, exit_code=None, finished_at_s=now_s
     )
     return replace(sandbox, status=status, host="", epoch=epoch)
+
+
+def replaced(sandbox: Sandbox, why: str, epoch: int) -> Sandbox:
+    """Its host is gone: it begins anew wherever there is room, and whatever that host still reports is older."""
+    status = SandboxStatus(reason="HostLost", message=f"begins anew: {why}")
+    return replace(sandbox, status=status, host="", epoch=epoch, leaving="", leaving_epoch=0)
+
+
+def moved(sandbox: Sandbox, epoch: int) -> Sandbox:
+    """It begins anew elsewhere as soon as its host, which is there, has ended it."""
+    status = SandboxStatus(reason="Moving", message=f"begins anew elsewhere once host {sandbox.host} has ended it")
+    return replace(sandbox, status=status, host="", epoch=epoch, leaving=sandbox.host, leaving_epoch=sandbox.epoch)
+
+
+def let_go(sandbox: Sandbox) -> Sandbox:
+    """The host that it leaves has nothing of it any more."""
+    return replace(sandbox, leaving="", leaving_epoch=0)
+
+
+def facing(sandbox: Sandbox, host: str) -> Sandbox | None:
+    """The sandbox as `host` is to see it: its own, or one that it has to end; None when it is neither."""
+    if sandbox.host == host:
+        return sandbox
+    if sandbox.leaving == host:
+        return replace(sandbox, host=host, epoch=sandbox.leaving_epoch, desired=DesiredState.STOPPED)
+    return None
 
 
 def resized(sandbox: Sandbox, wish: ResizeWish) -> Sandbox:
@@ -143,5 +169,5 @@ def _resize_seen(sandbox: Sandbox, seen: Resize | None) -> Resize | None:
 
 def etag(sandbox: Sandbox) -> str:
     """Changes with what is asked of a sandbox, not with what its host reports."""
-    asked = replace(sandbox, status=SandboxStatus(), host="", epoch=0)
+    asked = replace(sandbox, status=SandboxStatus(), host="", epoch=0, leaving="", leaving_epoch=0)
     return hashlib.sha256(codec.encode(asked)).hexdigest()[:16]

@@ -15,6 +15,7 @@ from typing import TypeVar
 
 from controlplane import codec, keys, lifecycle, scheduler
 from controlplane.errors import BadState, Compacted, StoreError
+from controlplane.membership import Member
 from controlplane.model import Host, Image, Pool, Residency, Sandbox
 from controlplane.scheduler import HostState
 from controlplane.store.contract import Batch, Record, Store
@@ -28,6 +29,7 @@ MIRRORED = (
     keys.ALIVE,
     keys.HOSTS,
     keys.IMAGES,
+    keys.MEMBERS,
     keys.PLACEMENTS,
     keys.POOLS,
     keys.RESIDENCY,
@@ -71,12 +73,14 @@ class View:
         self.alive: set[str] = set()
         self.sandboxes: dict[str, Sandbox] = {}  # by uid
         self.open_ends: set[str] = set()  # uids of sandboxes that the reconciler may have to do something for
+        self._leaving: dict[str, dict[str, Sandbox]] = {}
         self._by_host: dict[str, dict[str, Sandbox]] = {}
         self._surveyed: dict[str, tuple[Host, bool, HostState]] = {}
         self.images: dict[str, Image] = {}  # by key
         self.residency: dict[str, Residency] = {}  # by key
         self.placements: dict[str, int] = {}  # mod_revision of the guard, by host
         self.pools: dict[str, Pool] = {}  # by key
+        self.members: dict[str, Member] = {}  # those that have a record
         self.tenants: dict[str, Tenant] = {}  # those that have a record
         self._followers: set[Changed] = set()
         self._moved = asyncio.Event()
@@ -124,11 +128,19 @@ class View:
         """The sandboxes that are assigned to a host."""
         return list(self._by_host.get(host, {}).values())
 
+    def leaving(self, host: str) -> list[Sandbox]:
+        """The sandboxes that a host has to end before they may begin anew elsewhere."""
+        return list(self._leaving.get(host, {}).values())
+
+    def member(self, host: str) -> Member:
+        """What operators decided of a host."""
+        return self.members.get(host) or Member(host)
+
     def survey(self) -> list[HostState]:
         """The hosts as the scheduler sees them, by name. Only those that something changed on are counted anew."""
         states = []
         for name, host in sorted(self.hosts.items()):
-            ready = name in self.alive
+            ready = name in self.alive and self.member(name).takes_new
             known = self._surveyed.get(name)
             if known is None or known[0] is not host or known[1] is not ready:
                 held = (residency for residency in self.residency.values() if residency.host == name)
@@ -159,11 +171,11 @@ class View:
                 if not page.more:
                     break
                 after = page.records[-1].key
-        for table in (self.hosts, self.images, self.residency, self.placements, self.pools, self.tenants):
+        for table in (self.hosts, self.images, self.residency, self.placements, self.pools, self.tenants, self.members):
             table.clear()
         self.alive.clear()
         before, self.sandboxes = self.sandboxes, {}
-        for index in (self._by_host, self._surveyed):
+        for index in (self._by_host, self._leaving, self._surveyed):
             index.clear()
         self.open_ends.clear()
         for record in records:
@@ -199,6 +211,8 @@ class View:
                 self.images[key] = codec.decode(Image, value, key, revision=revision)
             elif key.startswith(keys.POOLS):
                 self.pools[key] = codec.decode(Pool, value, key, revision=revision)
+            elif key.startswith(keys.MEMBERS):
+                self.members[key.removeprefix(keys.MEMBERS)] = codec.decode(Member, value, key, revision=revision)
             elif key.startswith(keys.TENANTS):
                 self.tenants[key.removeprefix(keys.TENANTS)] = codec.decode(Tenant, value, key, revision=revision)
             elif key.startswith(keys.RESIDENCY):
@@ -224,6 +238,8 @@ class View:
             self.alive.discard(key.removeprefix(keys.ALIVE))
         elif key.startswith(keys.PLACEMENTS):
             self.placements.pop(key.removeprefix(keys.PLACEMENTS), None)
+        elif key.startswith(keys.MEMBERS):
+            self.members.pop(key.removeprefix(keys.MEMBERS), None)
         elif key.startswith(keys.TENANTS):
             self.tenants.pop(key.removeprefix(keys.TENANTS), None)
         else:
@@ -239,6 +255,8 @@ class View:
         if sandbox.host:
             self._by_host.setdefault(sandbox.host, {})[sandbox.uid] = sandbox
             self._surveyed.pop(sandbox.host, None)
+        if sandbox.leaving:
+            self._leaving.setdefault(sandbox.leaving, {})[sandbox.uid] = sandbox
         if lifecycle.is_open_ended(sandbox):
             self.open_ends.add(sandbox.uid)
         self._mark(sandbox.uid)
@@ -246,6 +264,8 @@ class View:
     def _drop_sandbox(self, uid: str) -> None:
         sandbox = self.sandboxes.pop(uid, None)
         self.open_ends.discard(uid)
+        if sandbox is not None and sandbox.leaving:
+            self._leaving[sandbox.leaving].pop(uid, None)
         if sandbox is not None and sandbox.host:
             there = self._by_host[sandbox.host]
             del there[uid]

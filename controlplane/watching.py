@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass
 
-from controlplane import codec, keys, poolspread
+from controlplane import codec, keys, poolspread, transitions
 from controlplane.model import Sandbox
 from controlplane.poolspread import PoolShare
 from controlplane.store.contract import Store
@@ -80,20 +80,28 @@ def _put(key: str, value: bytes, revision: int) -> Put:
     return Put(codec.decode(Sandbox, value, key, revision=revision), revision)
 
 
-async def watch_assignments(view: View, host: str, *, bookmark_s: float = BOOKMARK_S) -> AsyncGenerator[Told, None]:
+async def watch_assignments(
+    view: View, host: str, *, bookmark_s: float = BOOKMARK_S, require: Callable[[], None] = lambda: None
+) -> AsyncGenerator[Told, None]:
     """A host's sandboxes, from the view: states that changed again before the host took them are left out, and so is
-    what only the host itself reported."""
+    what only the host itself reported. What it has to end because it moves is told as STOPPED, under its old epoch.
+    `require` raises when the host may be told no more."""
     with view.following() as changed:
         told: dict[str, tuple[object, ...]] = {}
-        for sandbox in view.on_host(host):
-            told[sandbox.uid] = _asked(sandbox)
-            yield Put(sandbox, view.revision)
+        for sandbox in [*view.on_host(host), *view.leaving(host)]:
+            seen = transitions.facing(sandbox, host)
+            if seen is not None:
+                told[sandbox.uid] = _asked(seen)
+                yield Put(seen, view.revision)
         yield Bookmark(view.revision)
         while True:
             uids = await changed.take(bookmark_s)
+            require()
             for uid in sorted(uids):
                 now = view.sandboxes.get(uid)
-                if now is not None and now.host == host:
+                seen = None if now is None else transitions.facing(now, host)
+                if seen is not None:
+                    now = seen
                     if told.get(uid) != _asked(now):
                         told[uid] = _asked(now)
                         yield Put(now, view.revision)

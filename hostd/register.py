@@ -18,7 +18,7 @@ from typing import Any
 import grpc
 import grpc.aio
 
-from controlplane.api.status import Condition, parse_error
+from controlplane.api.status import HOST_REMOVED, Condition, parse_error
 from controlplane.api.v1 import hosts_pb2, hosts_pb2_grpc, pools_pb2, sandboxes_pb2
 from hostd import edge, poolreports
 from hostd.errors import InvalidSpec
@@ -31,6 +31,9 @@ CALL_DEADLINE_S = 10.0
 BACKOFF_S = (0.2, 0.5, 1.0, 2.0, 5.0)
 EVENTS_KEPT = 1000
 STALE_EPOCH = "StaleEpoch"
+STALE_END_S = 30.0
+"""How long new sandboxes wait for those to end that this host must not run any more."""
+
 WATCH_SILENCE_S = 60.0
 """A watch sends a bookmark far more often than this; longer silence is a dead peer."""
 
@@ -57,11 +60,11 @@ class Outbox:
         self._filled = asyncio.Event()
 
     def report(self, report: Report) -> None:
-        """Replaces what was to be told of that sandbox; a removal is never replaced."""
-        uid = report.record.spec.uid
-        waiting = self.reports.get(uid)
-        if not (isinstance(waiting, Report) and waiting.removed):
-            self.reports[uid] = report
+        """Replaces what was to be told of that sandbox; a removal is replaced by news of a later epoch only."""
+        spec = report.record.spec
+        waiting = self.reports.get(spec.uid)
+        if not (isinstance(waiting, Report) and waiting.removed and waiting.record.spec.epoch >= spec.epoch):
+            self.reports[spec.uid] = report
         self._filled.set()
 
     def refused(self, refused: Refused) -> None:
@@ -118,7 +121,10 @@ class Registration:
             try:
                 await work()
             except grpc.aio.AioRpcError as error:
-                log.warning("%s: the control plane does not take it: %s", name, parse_error(error).message)
+                failure = parse_error(error)
+                log.warning("%s: the control plane does not take it: %s", name, failure.message)
+                if failure.reason == HOST_REMOVED:  # what runs here runs elsewhere by now, or is wanted no more
+                    self._sandboxes.listed({})
             except TimeoutError:
                 log.warning("%s: no sign of life of the control plane", name)
             if loop.time() - begin_s > 2 * BACKOFF_S[-1]:
@@ -145,7 +151,7 @@ class Registration:
     async def _watch(self) -> None:
         await self._until_registered()
         call = self._sync.WatchAssignments(hosts_pb2.WatchAssignmentsRequest(host=self._host))
-        listing: set[str] | None = set()
+        listing: list[sandboxes_pb2.Sandbox] | None = []
         async with _cancelled_at_end(call) as events:
             while True:
                 async with asyncio.timeout(WATCH_SILENCE_S):
@@ -154,14 +160,25 @@ class Registration:
                     return
                 if event.kind == sandboxes_pb2.SandboxEvent.BOOKMARK:
                     if listing is not None:
-                        self._sandboxes.listed(listing)
+                        await self._take_list(listing)
                         listing = None
                 elif event.kind == sandboxes_pb2.SandboxEvent.DELETE:
                     self._sandboxes.unassign(event.sandbox.uid)
+                elif listing is not None:
+                    listing.append(event.sandbox)
                 else:
-                    if listing is not None:
-                        listing.add(event.sandbox.uid)
                     self._assign(event.sandbox)
+
+    async def _take_list(self, assigned: list[sandboxes_pb2.Sandbox]) -> None:
+        """First what is not ours any more is ended (another host may run it by now), then what is ours begins."""
+        stale = self._sandboxes.listed({sandbox.uid: sandbox.assignment.epoch for sandbox in assigned})
+        try:
+            async with asyncio.timeout(STALE_END_S):
+                await self._sandboxes.until_ended(stale)
+        except TimeoutError:
+            log.error("sandboxes of older epochs do not end in %g s: going on; hostd keeps trying", STALE_END_S)
+        for sandbox in assigned:
+            self._assign(sandbox)
 
     async def _watch_pools(self) -> None:
         await self._until_registered()
@@ -232,7 +249,8 @@ class Registration:
             if failure.condition not in HOPELESS:
                 raise
             if failure.condition is Condition.NOT_FOUND or failure.reason == STALE_EPOCH:
-                self._sandboxes.unassign(uid)  # it is not ours any more: let go of it
+                epoch = report.epoch if isinstance(report, Refused) else report.record.spec.epoch
+                self._sandboxes.unassign(uid, epoch)  # it is not ours any more: let go of it
             else:
                 log.error("the report of sandbox %s is not taken: %s", uid, failure.message)
 

@@ -66,6 +66,11 @@ class Sandbox:
         """What is asked of it now."""
         return self.record.spec
 
+    @property
+    def has_begun(self) -> bool:
+        """Whether anything was done for it: a later epoch then begins anew instead of taking it over."""
+        return self.record.phase is not Phase.ASSIGNED
+
     # What comes from outside.
 
     def want(self, spec: SandboxSpec) -> None:

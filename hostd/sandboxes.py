@@ -12,7 +12,7 @@ import logging
 import os
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -27,7 +27,7 @@ from hostd.config import Config
 from hostd.drivers.contract import Driver, LayerFile
 from hostd.errors import HostdError, SandboxGone
 from hostd.journal import Journal, Record
-from hostd.lifecycle import Phase
+from hostd.lifecycle import ENDED, Phase
 from hostd.pools import Pools, Taken
 from hostd.removal import remove_folder
 from hostd.resize import ResizeProgress
@@ -109,6 +109,7 @@ class Sandboxes:
         self._report, self._happened = report, happened
         self._slots = asyncio.Semaphore(STARTS_PER_CPU * (os.cpu_count() or 1))
         self._sandboxes: dict[str, Sandbox] = {}
+        self._successors: dict[str, SandboxSpec] = {}
         self._claimed: set[int] = set()
         self._group: asyncio.TaskGroup | None = None
         self.ready = asyncio.Event()
@@ -173,6 +174,10 @@ class Sandboxes:
     def assign(self, spec: SandboxSpec) -> None:
         """The sandbox is (still) assigned here, like this. Only once `ready` is set."""
         known = self._sandboxes.get(spec.uid)
+        if known is not None and spec.epoch > known.spec.epoch and known.has_begun:
+            self._successors[spec.uid] = spec  # it begins anew once nothing of the older epoch is left
+            known.want(replace(known.spec, desired=DesiredState.REMOVED))
+            return
         if known is not None:
             known.want(spec)
             self.changed(known)
@@ -184,16 +189,31 @@ class Sandboxes:
         self.journal.write(record)
         self._begin(record)
 
-    def unassign(self, uid: str) -> None:
-        """The control plane knows it no more: let go of everything it has. Unknown is fine."""
+    def unassign(self, uid: str, epoch: int | None = None) -> None:
+        """The control plane knows it no more (up to `epoch`): let go of everything it has. Unknown is fine."""
+        successor = self._successors.get(uid)
+        if successor is not None and (epoch is None or successor.epoch <= epoch):
+            del self._successors[uid]
         known = self._sandboxes.get(uid)
-        if known is not None:
+        if known is not None and (epoch is None or known.spec.epoch <= epoch):
             known.want(replace(known.spec, desired=DesiredState.REMOVED))
 
-    def listed(self, uids: set[str]) -> None:
-        """The list of assignments is complete: what is not on it is removed."""
-        for uid in set(self._sandboxes) - uids:
+    def listed(self, epochs: Mapping[str, int]) -> set[str]:
+        """The list of assignments is complete: what is not on it, or on it under a later epoch, is ended. The uids of
+        what has to end."""
+        stale = {uid for uid, s in self._sandboxes.items() if s.has_begun and s.spec.epoch < epochs.get(uid, 1 << 63)}
+        for uid in set(self._sandboxes) - set(epochs):
             self.unassign(uid)
+        for uid in stale & set(epochs):
+            self.unassign(uid, epochs[uid] - 1)
+        return stale
+
+    async def until_ended(self, uids: set[str]) -> None:
+        """Returns when nothing of the present epochs of these runs any more. Bound it with a timeout."""
+        for uid in uids:
+            known = self._sandboxes.get(uid)
+            if known is not None:
+                await known.wait_for(lambda record: record.phase in ENDED)
 
     def knows(self, uid: str) -> bool:
         """Whether this host holds anything for it."""
@@ -285,8 +305,21 @@ class Sandboxes:
             self._sandboxes.pop(sandbox.spec.uid, None)
             if sandbox.record.vm_uid is not None:
                 self._claimed.discard(sandbox.record.vm_uid)
+            if self._succeed(sandbox.spec.uid):
+                return
         self._report(Report(sandbox.record, sandbox.resize, removed))
         self.pools.poke()
+
+    def _succeed(self, uid: str) -> bool:
+        """Lets the same sandbox begin under a later epoch, if it is to; then nobody is told that the older one went."""
+        spec = self._successors.pop(uid, None)
+        if spec is None or spec.desired is DesiredState.REMOVED:
+            return False
+        record = Record(spec)
+        self.journal.write(record)
+        self._begin(record)
+        self._report(Report(record, None))
+        return True
 
     def event(self, sandbox: Sandbox, reason: str, message: str) -> None:
         """Puts it into the event log."""

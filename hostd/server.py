@@ -32,7 +32,7 @@ from controlplane.api.channel import TlsFiles, connect, server_credentials, serv
 from controlplane.api.errors import ControlPlaneError
 from controlplane.api.v1 import checkpoints_pb2_grpc, hosts_pb2, hosts_pb2_grpc
 from guestagent.errors import AgentError
-from hostd import doctor
+from hostd import doctor, features
 from hostd.admission import GUEST_OVERHEAD_MIB, reserved_mib
 from hostd.authority import OnlyControlPlane
 from hostd.config import Config, load
@@ -62,6 +62,7 @@ class Server:
             config, store, chosen.driver, report=self.outbox.report, happened=self.outbox.happened
         )
         self.address = ""
+        self._kernel_features = features.kernel_features()
 
     async def describe(self) -> hosts_pb2.Host:
         """This host as it is now."""
@@ -91,6 +92,11 @@ class Server:
             image_digests=digests,
             sandboxes=len(live),
             classes=render_classes(self.chosen.classes),
+            kernel_features=self._kernel_features,
+            resident=[
+                hosts_pb2.ResidentObjects(kind=kind, count=count, bytes=size_bytes)
+                for kind, count, size_bytes in await asyncio.to_thread(features.resident, self.store.objects)
+            ],
             pools=[render_report(status) for status in self.sandboxes.pools.status()],
         )
 

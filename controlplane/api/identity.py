@@ -81,6 +81,21 @@ def identity_of_certificate(pem: bytes) -> Identity:
     return Identity.parse(uris[0])
 
 
+@lru_cache(maxsize=256)
+def serial_of_certificate(pem: bytes) -> str:
+    """The serial number of a PEM certificate, lower-case hex. IdentityError when it is none."""
+    try:
+        return f"{x509.load_pem_x509_certificate(pem).serial_number:x}"
+    except ValueError as error:
+        raise IdentityError(f"the peer's certificate cannot be read: {error}") from error
+
+
+def peer_serial(auth_context: Mapping[str, Iterable[bytes]]) -> str:
+    """The serial number of the caller's certificate, which peer_identity has accepted."""
+    (pem,) = auth_context.get("x509_pem_cert", ())
+    return serial_of_certificate(pem)
+
+
 def peer_identity(auth_context: Mapping[str, Iterable[bytes]]) -> Identity:
     """Who calls, from grpc's `context.auth_context()`. IdentityError when the peer showed no certificate of ours."""
     pems = list(auth_context.get("x509_pem_cert", ()))

@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 
 DOMAIN = "sandloom"
 DETAILS_TRAILER = "grpc-status-details-bin"
+HOST_REMOVED = "HostRemoved"
+"""The reason of a refusal that tells a host that it is none any more."""
+
 MAX_MESSAGE_CHARS = 2048
 MAX_DETAILS = 32
 MAX_DETAIL_CHARS = 256

@@ -6,7 +6,7 @@ from google.protobuf.timestamp_pb2 import Timestamp
 
 from controlplane.api.v1 import sandboxes_pb2
 from controlplane.errors import Invalid
-from controlplane.model import DesiredState, Phase, ResizeState, SandboxClass
+from controlplane.model import DesiredState, Phase, ResizeState, RestartPolicy, SandboxClass
 
 PHASES = {
     Phase.PENDING: sandboxes_pb2.PENDING,
@@ -34,6 +34,11 @@ RESIZES = {
     ResizeState.INFEASIBLE: sandboxes_pb2.RESIZE_INFEASIBLE,
     ResizeState.ERROR: sandboxes_pb2.RESIZE_ERROR,
 }
+RESTARTS = {
+    RestartPolicy.NEVER: sandboxes_pb2.RESTART_NEVER,
+    RestartPolicy.ON_HOST_LOSS: sandboxes_pb2.RESTART_ON_HOST_LOSS,
+}
+_RESTARTS_IN = {number: policy for policy, number in RESTARTS.items()}
 _PHASES_IN = {number: phase for phase, number in PHASES.items()}
 _RESIZES_IN = {number: state for state, number in RESIZES.items()}
 _CLASSES_IN = {number: kind for kind, number in CLASSES.items()}
@@ -74,3 +79,12 @@ def timestamp(seconds: float) -> Timestamp:
 def seconds(moment: Timestamp) -> float:
     """The other way round."""
     return float(moment.seconds) + moment.nanos / 1e9
+
+
+def parse_restart(number: int, field: str) -> RestartPolicy:
+    """A restart policy; unspecified is never."""
+    if number == sandboxes_pb2.RESTART_POLICY_UNSPECIFIED:
+        return RestartPolicy.NEVER
+    if number not in _RESTARTS_IN:
+        raise Invalid(field, f"restart policy {number} is unknown to this version")
+    return _RESTARTS_IN[sandboxes_pb2.RestartPolicy.ValueType(number)]

@@ -10,7 +10,8 @@ from controlplane.api.v1 import hosts_pb2, images_pb2
 from controlplane.edge.enums import CLASSES, parse_class, seconds, timestamp
 from controlplane.edge.poolreports import parse_pool_reports, render_pool_report
 from controlplane.errors import Invalid
-from controlplane.model import Capacity, Host, Image, ImageConfig, Layer
+from controlplane.membership import Blocker, Member, Standing
+from controlplane.model import Capacity, Host, Image, ImageConfig, Layer, Resident
 
 DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
 IMAGE_NAME = re.compile(r"[a-z0-9]([a-z0-9._/:-]{0,126}[a-z0-9])?")
@@ -45,15 +46,26 @@ def parse_host(message: hosts_pb2.Host, now_s: float) -> Host:
         image_digests=tuple(message.image_digests),
         sandboxes=message.sandboxes,
         pools=parse_pool_reports(message.pools),
+        kernel_features=tuple(feature[:64] for feature in message.kernel_features[:64]),
+        resident=tuple(Resident(one.kind[:32], one.count, one.bytes) for one in message.resident[:16]),
     )  # fmt: skip
 
 
-def render_host(host: Host, *, ready: bool) -> hosts_pb2.Host:
-    """A host as operators see it."""
+STATES = {
+    Standing.OPEN: hosts_pb2.READY,
+    Standing.CORDONED: hosts_pb2.CORDONED,
+    Standing.DRAINING: hosts_pb2.DRAINING,
+    Standing.DRAINED: hosts_pb2.DRAINED,
+    Standing.REMOVED: hosts_pb2.LOST,  # of a record that is on its way out
+}
+
+
+def render_host(host: Host, member: Member, *, alive: bool, blockers: Iterable[Blocker] = ()) -> hosts_pb2.Host:
+    """A host as operators see it: LOST without a lease, else as they decided."""
     sizes = host.capacity
     return hosts_pb2.Host(
         name=host.name,
-        state=hosts_pb2.READY if ready else hosts_pb2.LOST,
+        state=STATES[member.standing] if alive else hosts_pb2.LOST,
         capacity=hosts_pb2.HostCapacity(
             memory_mib=sizes.memory_mib,
             memory_available_mib=sizes.memory_available_mib,
@@ -76,6 +88,14 @@ def render_host(host: Host, *, ready: bool) -> hosts_pb2.Host:
         classes=[CLASSES[kind] for kind in host.classes],
         resource_version=host.revision,
         pools=[render_pool_report(pool) for pool in host.pools],
+        kernel_features=host.kernel_features,
+        resident=[hosts_pb2.ResidentObjects(kind=r.kind, count=r.count, bytes=r.size_bytes) for r in host.resident],
+        blockers=[
+            hosts_pb2.DrainBlocker(
+                sandbox=one.sandbox.name, uid=one.sandbox.uid, tenant=one.sandbox.tenant, reason=one.reason
+            )
+            for one in blockers
+        ],
     )
 
 

@@ -16,9 +16,11 @@ from controlplane.edge.enums import (
     DESIRED,
     PHASES,
     RESIZES,
+    RESTARTS,
     parse_class,
     parse_phase,
     parse_resize_state,
+    parse_restart,
     timestamp,
 )
 from controlplane.edge.enums import seconds as seconds_of
@@ -71,6 +73,7 @@ def parse_spec(spec: sandboxes_pb2.SandboxSpec) -> SandboxSpec:
         cold=spec.cold,
         labels=_words("spec.labels", spec.labels),
         hostname=spec.hostname,
+        restart=parse_restart(spec.restart, "spec.restart"),
     )
 
 
@@ -231,6 +234,7 @@ def render_spec(spec: SandboxSpec) -> sandboxes_pb2.SandboxSpec:
         labels=dict(spec.labels),
         hostname=spec.hostname,
         checkpoint=spec.checkpoint,
+        restart=RESTARTS[spec.restart],
     )
     setattr(message, "class", CLASSES[spec.sandbox_class])
     return message

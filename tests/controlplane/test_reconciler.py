@@ -10,11 +10,13 @@ import pytest
 
 from controlplane import codec, keys
 from controlplane.api.channel import TlsFiles
+from controlplane.drains import Drains
 from controlplane.errors import Compacted, StoreError
 from controlplane.events import EventLog
 from controlplane.images import Images
 from controlplane.reconciler import REQUEST_KEPT_S, Reconciler
 from controlplane.records import Records
+from controlplane.registry import Registry
 from controlplane.relay import HostLinks
 from controlplane.requests import UsedRequest
 from controlplane.sandboxes import Sandboxes
@@ -40,9 +42,9 @@ async def keeping(path: Path, clock: Clock) -> AsyncIterator[tuple[Store, View, 
         links = HostLinks(TlsFiles(nowhere, nowhere, nowhere))
         records = Records(store, view)
         sandboxes = Sandboxes(store, view, records, images, Tenants(store, view))
-        log = EventLog(store)
+        log, registry = EventLog(store), Registry(store, view, images, 1)
         yield store, view, Reconciler(
-            store, view, records, sandboxes, images, links, log,
+            store, view, records, sandboxes, images, links, log, Drains(store, view, records, registry),
             lost_grace_s=1, history_s=100, now_s=clock, clock_s=clock,
         )  # fmt: skip
 

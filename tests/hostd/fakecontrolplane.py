@@ -70,6 +70,7 @@ class FakeControlPlane(hosts_pb2_grpc.HostSyncServicer):
     pools: list[pools_pb2.PoolAssignment] = field(default_factory=list)
     refuse: Callable[[hosts_pb2.ReportSandboxRequest], Failure | None] = lambda _: None
     refuse_events: Failure | None = None
+    refuse_hosts: Failure | None = None
     watches: int = 0
     lease_s: int = 3
     address: str = ""
@@ -117,6 +118,8 @@ class FakeControlPlane(hosts_pb2_grpc.HostSyncServicer):
     # The service.
 
     async def ReportHost(self, request: hosts_pb2.ReportHostRequest, context: Context) -> hosts_pb2.ReportHostResponse:
+        if self.refuse_hosts is not None:
+            await abort(context, self.refuse_hosts)
         self.hosts.append(request.host)
         return hosts_pb2.ReportHostResponse(lease_s=self.lease_s)
 

@@ -12,7 +12,7 @@ import pytest_asyncio
 
 from controlplane.api.channel import connect
 from controlplane.api.identity import Role
-from controlplane.api.status import Condition, Failure
+from controlplane.api.status import HOST_REMOVED, Condition, Failure
 from controlplane.api.v1 import hosts_pb2, sandboxes_pb2
 from hostd import register
 from hostd.drivers.fake import FakeDriver
@@ -132,6 +132,36 @@ async def test_what_disappeared_during_a_watch_gap_is_removed(pair: Pair) -> Non
     await until(lambda: pair.plane.phase("comes") == "RUNNING")
     await until(lambda: not pair.host.sandboxes.knows("goes"))
     assert pair.plane.phase("stays") == "RUNNING"
+
+
+async def test_what_another_host_may_run_by_now_ends_before_anything_begins(pair: Pair) -> None:
+    """After a gap the list says what moved away and what came: first the one ends, then the other begins."""
+    pair.plane.put(assignment("old", pair.host.image))
+    pair.plane.put(assignment("again", pair.host.image))
+    await until(lambda: [pair.plane.phase(uid) for uid in ("old", "again")] == ["RUNNING", "RUNNING"])
+    told: list[tuple[str, int, str]] = []
+    tell = pair.outbox.report
+
+    def note(report: Report) -> None:
+        told.append((report.record.spec.uid, report.record.spec.epoch, report.record.phase.value))
+        tell(report)
+
+    pair.host.sandboxes._report = note
+    del pair.plane.sandboxes["old"]
+    pair.plane.sandboxes["again"] = assignment("again", pair.host.image, epoch=9)
+    pair.plane.sandboxes["new"] = assignment("new", pair.host.image)
+    pair.plane.cut_watches()
+    await until(lambda: ("again", 9, "running") in told and ("new", 1, "running") in told)
+    first = min(told.index(("again", 9, "starting")), told.index(("new", 1, "starting")))
+    assert told.index(("old", 1, "exited")) < first and told.index(("again", 1, "exited")) < first
+
+
+async def test_a_host_that_was_removed_ends_what_it_has(pair: Pair) -> None:
+    pair.plane.put(assignment("one", pair.host.image))
+    await until(lambda: pair.plane.phase("one") == "RUNNING")
+    pair.plane.refuse_hosts = Failure(Condition.DENIED, HOST_REMOVED, "host host-1 was removed")
+    pair.registration.poke()
+    await until(lambda: not pair.host.sandboxes.knows("one"))
 
 
 async def test_a_deleted_assignment_is_let_go_of(pair: Pair) -> None:

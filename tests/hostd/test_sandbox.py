@@ -195,9 +195,37 @@ async def test_an_older_epoch_is_not_obeyed(host: Host) -> None:
     await reach(sandbox, Phase.RUNNING)
     host.want(sandbox, DesiredState.REMOVED, epoch=4)
     assert sandbox.spec.desired is DesiredState.RUNNING
-    host.want(sandbox, DesiredState.STOPPED, epoch=6)
+    host.want(sandbox, DesiredState.STOPPED)
     await reach(sandbox, *ENDED)
-    assert sandbox.spec.epoch == 6
+    assert sandbox.spec.epoch == 5
+
+
+async def test_a_later_epoch_begins_anew_once_nothing_of_the_older_one_is_left(host: Host) -> None:
+    sandbox = host.assign(epoch=5)
+    await reach(sandbox, Phase.RUNNING)
+    old = host.fake.machines["one"]
+    host.sandboxes.assign(replace(sandbox.spec, epoch=7))
+    assert sandbox.spec.epoch == 5 and sandbox.spec.desired is DesiredState.REMOVED
+    await until(lambda: host.sandboxes.find("one").spec.epoch == 7)
+    assert sandbox.record.phase is Phase.GONE
+    again = host.sandboxes.find("one")
+    await reach(again, Phase.RUNNING)
+    assert host.fake.machines["one"] is not old
+    assert not [report for report in host.reports if report.removed], "it was never gone from here"
+    host.sandboxes.unassign("one", 6)  # a late answer about the older epoch
+    assert again.spec.desired is DesiredState.RUNNING
+    host.sandboxes.unassign("one", 7)
+    await reach(again, Phase.GONE)
+    assert [report.record.spec.epoch for report in host.reports if report.removed] == [7]
+
+
+async def test_a_later_epoch_that_is_wanted_no_more_never_begins(host: Host) -> None:
+    sandbox = host.assign(epoch=5)
+    await reach(sandbox, Phase.RUNNING)
+    host.sandboxes.assign(replace(sandbox.spec, epoch=7))
+    host.sandboxes.unassign("one")
+    await reach(sandbox, Phase.GONE)
+    assert not host.sandboxes.knows("one")
 
 
 async def test_a_running_sandbox_keeps_the_process_it_was_started_with(host: Host) -> None:

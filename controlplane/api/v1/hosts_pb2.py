@@ -28,49 +28,63 @@ from controlplane.api.v1 import pools_pb2 as controlplane_dot_api_dot_v1_dot_poo
 from controlplane.api.v1 import sandboxes_pb2 as controlplane_dot_api_dot_v1_dot_sandboxes__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1f\x63ontrolplane/api/v1/hosts.proto\x12\x0bsandloom.v1\x1a\x1fgoogle/protobuf/timestamp.proto\x1a controlplane/api/v1/images.proto\x1a\x1f\x63ontrolplane/api/v1/pools.proto\x1a#controlplane/api/v1/sandboxes.proto\"\xbc\x01\n\x0cHostCapacity\x12\x12\n\nmemory_mib\x18\x01 \x01(\x04\x12\x1c\n\x14memory_available_mib\x18\x02 \x01(\x04\x12\x1b\n\x13memory_reserved_mib\x18\x03 \x01(\x04\x12\x11\n\tcpu_milli\x18\x04 \x01(\r\x12\x15\n\rdisk_free_mib\x18\x05 \x01(\x04\x12\x1a\n\x12system_reserve_mib\x18\x06 \x01(\x04\x12\x17\n\x0fvm_overhead_mib\x18\x07 \x01(\r\"\xd3\x03\n\x04Host\x12\x0c\n\x04name\x18\x01 \x01(\t\x12%\n\x05state\x18\x02 \x01(\x0e\x32\x16.sandloom.v1.HostState\x12+\n\x08\x63\x61pacity\x18\x03 \x01(\x0b\x32\x19.sandloom.v1.HostCapacity\x12\r\n\x05\x61\x63\x63\x65l\x18\x04 \x01(\t\x12\x16\n\x0eisolation_note\x18\x05 \x01(\t\x12\x16\n\x0ekernel_version\x18\x06 \x01(\t\x12\x1c\n\x14guest_kernel_version\x18\x07 \x01(\t\x12\x14\n\x0cqemu_version\x18\x08 \x01(\t\x12\x16\n\x0e\x63group_version\x18\t \x01(\t\x12\x17\n\x0fruntime_address\x18\n \x01(\t\x12\x15\n\rimage_digests\x18\x0b \x03(\t\x12\x11\n\tsandboxes\x18\x0c \x01(\r\x12-\n\tlast_seen\x18\r \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12*\n\x07\x63lasses\x18\x0e \x03(\x0e\x32\x19.sandloom.v1.SandboxClass\x12\x18\n\x10resource_version\x18\x0f \x01(\x03\x12&\n\x05pools\x18\x10 \x03(\x0b\x32\x17.sandloom.v1.PoolReport\"\x1e\n\x0eGetHostRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"9\n\x10ListHostsRequest\x12\x11\n\tpage_size\x18\x01 \x01(\x05\x12\x12\n\npage_token\x18\x02 \x01(\t\"h\n\x11ListHostsResponse\x12 \n\x05hosts\x18\x01 \x03(\x0b\x32\x11.sandloom.v1.Host\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\x12\x18\n\x10resource_version\x18\x03 \x01(\x03\"4\n\x11ReportHostRequest\x12\x1f\n\x04host\x18\x01 \x01(\x0b\x32\x11.sandloom.v1.Host\"%\n\x12ReportHostResponse\x12\x0f\n\x07lease_s\x18\x01 \x01(\r\"\'\n\x17WatchAssignmentsRequest\x12\x0c\n\x04host\x18\x01 \x01(\t\"!\n\x11WatchPoolsRequest\x12\x0c\n\x04host\x18\x01 \x01(\t\"}\n\x14ReportSandboxRequest\x12\x0b\n\x03uid\x18\x01 \x01(\t\x12\x0c\n\x04host\x18\x02 \x01(\t\x12\r\n\x05\x65poch\x18\x03 \x01(\x03\x12*\n\x06status\x18\x04 \x01(\x0b\x32\x1a.sandloom.v1.SandboxStatus\x12\x0f\n\x07removed\x18\x05 \x01(\x08\"\x17\n\x15ReportSandboxResponse\"7\n\x12RecordEventRequest\x12!\n\x05\x65vent\x18\x01 \x01(\x0b\x32\x12.sandloom.v1.Event\"\x15\n\x13RecordEventResponse\"4\n\x12\x46orgetImageRequest\x12\x0e\n\x06\x64igest\x18\x01 \x01(\t\x12\x0e\n\x06tenant\x18\x02 \x01(\t\"\x15\n\x13\x46orgetImageResponse*<\n\tHostState\x12\x1a\n\x16HOST_STATE_UNSPECIFIED\x10\x00\x12\t\n\x05READY\x10\x01\x12\x08\n\x04LOST\x10\x02\x32\x8e\x01\n\x05Hosts\x12\x39\n\x07GetHost\x12\x1b.sandloom.v1.GetHostRequest\x1a\x11.sandloom.v1.Host\x12J\n\tListHosts\x12\x1d.sandloom.v1.ListHostsRequest\x1a\x1e.sandloom.v1.ListHostsResponse2\xa8\x03\n\x08HostSync\x12M\n\nReportHost\x12\x1e.sandloom.v1.ReportHostRequest\x1a\x1f.sandloom.v1.ReportHostResponse\x12U\n\x10WatchAssignments\x12$.sandloom.v1.WatchAssignmentsRequest\x1a\x19.sandloom.v1.SandboxEvent0\x01\x12L\n\nWatchPools\x12\x1e.sandloom.v1.WatchPoolsRequest\x1a\x1c.sandloom.v1.PoolAssignments0\x01\x12V\n\rReportSandbox\x12!.sandloom.v1.ReportSandboxRequest\x1a\".sandloom.v1.ReportSandboxResponse\x12P\n\x0bRecordEvent\x12\x1f.sandloom.v1.RecordEventRequest\x1a .sandloom.v1.RecordEventResponse2\xc2\x03\n\x0bHostRuntime\x12\x41\n\x06\x41ttach\x12\x18.sandloom.v1.StreamInput\x1a\x19.sandloom.v1.StreamOutput(\x01\x30\x01\x12?\n\x04\x45xec\x12\x18.sandloom.v1.StreamInput\x1a\x19.sandloom.v1.StreamOutput(\x01\x30\x01\x12@\n\x04Logs\x12\x1b.sandloom.v1.GetLogsRequest\x1a\x19.sandloom.v1.StreamOutput0\x01\x12O\n\x06Import\x12\x1f.sandloom.v1.ImportImageRequest\x1a .sandloom.v1.ImportImageResponse(\x01\x30\x01\x12P\n\x0b\x46orgetImage\x12\x1f.sandloom.v1.ForgetImageRequest\x1a .sandloom.v1.ForgetImageResponse\x12J\n\x06Ledger\x12$.sandloom.v1.GetSharingLedgerRequest\x1a\x1a.sandloom.v1.SharingLedgerb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1f\x63ontrolplane/api/v1/hosts.proto\x12\x0bsandloom.v1\x1a\x1fgoogle/protobuf/timestamp.proto\x1a controlplane/api/v1/images.proto\x1a\x1f\x63ontrolplane/api/v1/pools.proto\x1a#controlplane/api/v1/sandboxes.proto\"\xbc\x01\n\x0cHostCapacity\x12\x12\n\nmemory_mib\x18\x01 \x01(\x04\x12\x1c\n\x14memory_available_mib\x18\x02 \x01(\x04\x12\x1b\n\x13memory_reserved_mib\x18\x03 \x01(\x04\x12\x11\n\tcpu_milli\x18\x04 \x01(\r\x12\x15\n\rdisk_free_mib\x18\x05 \x01(\x04\x12\x1a\n\x12system_reserve_mib\x18\x06 \x01(\x04\x12\x17\n\x0fvm_overhead_mib\x18\x07 \x01(\r\"=\n\x0fResidentObjects\x12\x0c\n\x04kind\x18\x01 \x01(\t\x12\r\n\x05\x63ount\x18\x02 \x01(\r\x12\r\n\x05\x62ytes\x18\x03 \x01(\x04\"\xc9\x04\n\x04Host\x12\x0c\n\x04name\x18\x01 \x01(\t\x12%\n\x05state\x18\x02 \x01(\x0e\x32\x16.sandloom.v1.HostState\x12+\n\x08\x63\x61pacity\x18\x03 \x01(\x0b\x32\x19.sandloom.v1.HostCapacity\x12\r\n\x05\x61\x63\x63\x65l\x18\x04 \x01(\t\x12\x16\n\x0eisolation_note\x18\x05 \x01(\t\x12\x16\n\x0ekernel_version\x18\x06 \x01(\t\x12\x1c\n\x14guest_kernel_version\x18\x07 \x01(\t\x12\x14\n\x0cqemu_version\x18\x08 \x01(\t\x12\x16\n\x0e\x63group_version\x18\t \x01(\t\x12\x17\n\x0fruntime_address\x18\n \x01(\t\x12\x15\n\rimage_digests\x18\x0b \x03(\t\x12\x11\n\tsandboxes\x18\x0c \x01(\r\x12-\n\tlast_seen\x18\r \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12*\n\x07\x63lasses\x18\x0e \x03(\x0e\x32\x19.sandloom.v1.SandboxClass\x12\x18\n\x10resource_version\x18\x0f \x01(\x03\x12&\n\x05pools\x18\x10 \x03(\x0b\x32\x17.sandloom.v1.PoolReport\x12\x17\n\x0fkernel_features\x18( \x03(\t\x12.\n\x08resident\x18) \x03(\x0b\x32\x1c.sandloom.v1.ResidentObjects\x12+\n\x08\x62lockers\x18* \x03(\x0b\x32\x19.sandloom.v1.DrainBlocker\"L\n\x0c\x44rainBlocker\x12\x0f\n\x07sandbox\x18\x01 \x01(\t\x12\x0b\n\x03uid\x18\x02 \x01(\t\x12\x0e\n\x06tenant\x18\x03 \x01(\t\x12\x0e\n\x06reason\x18\x04 \x01(\t\"!\n\x11\x43ordonHostRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"#\n\x13UncordonHostRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"/\n\x10\x44rainHostRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05\x66orce\x18\x02 \x01(\x08\"G\n\x11RemoveHostRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05\x66orce\x18\x02 \x01(\x08\x12\x15\n\rallow_missing\x18\x03 \x01(\x08\"\x14\n\x12RemoveHostResponse\"\x1e\n\x0eGetHostRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"9\n\x10ListHostsRequest\x12\x11\n\tpage_size\x18\x01 \x01(\x05\x12\x12\n\npage_token\x18\x02 \x01(\t\"h\n\x11ListHostsResponse\x12 \n\x05hosts\x18\x01 \x03(\x0b\x32\x11.sandloom.v1.Host\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\x12\x18\n\x10resource_version\x18\x03 \x01(\x03\"4\n\x11ReportHostRequest\x12\x1f\n\x04host\x18\x01 \x01(\x0b\x32\x11.sandloom.v1.Host\"%\n\x12ReportHostResponse\x12\x0f\n\x07lease_s\x18\x01 \x01(\r\"\'\n\x17WatchAssignmentsRequest\x12\x0c\n\x04host\x18\x01 \x01(\t\"!\n\x11WatchPoolsRequest\x12\x0c\n\x04host\x18\x01 \x01(\t\"}\n\x14ReportSandboxRequest\x12\x0b\n\x03uid\x18\x01 \x01(\t\x12\x0c\n\x04host\x18\x02 \x01(\t\x12\r\n\x05\x65poch\x18\x03 \x01(\x03\x12*\n\x06status\x18\x04 \x01(\x0b\x32\x1a.sandloom.v1.SandboxStatus\x12\x0f\n\x07removed\x18\x05 \x01(\x08\"\x17\n\x15ReportSandboxResponse\"7\n\x12RecordEventRequest\x12!\n\x05\x65vent\x18\x01 \x01(\x0b\x32\x12.sandloom.v1.Event\"\x15\n\x13RecordEventResponse\"4\n\x12\x46orgetImageRequest\x12\x0e\n\x06\x64igest\x18\x01 \x01(\t\x12\x0e\n\x06tenant\x18\x02 \x01(\t\"\x15\n\x13\x46orgetImageResponse*e\n\tHostState\x12\x1a\n\x16HOST_STATE_UNSPECIFIED\x10\x00\x12\t\n\x05READY\x10\x01\x12\x08\n\x04LOST\x10\x02\x12\x0c\n\x08\x43ORDONED\x10\x03\x12\x0c\n\x08\x44RAINING\x10\x04\x12\x0b\n\x07\x44RAINED\x10\x05\x32\xa2\x03\n\x05Hosts\x12\x39\n\x07GetHost\x12\x1b.sandloom.v1.GetHostRequest\x1a\x11.sandloom.v1.Host\x12J\n\tListHosts\x12\x1d.sandloom.v1.ListHostsRequest\x1a\x1e.sandloom.v1.ListHostsResponse\x12?\n\nCordonHost\x12\x1e.sandloom.v1.CordonHostRequest\x1a\x11.sandloom.v1.Host\x12\x43\n\x0cUncordonHost\x12 .sandloom.v1.UncordonHostRequest\x1a\x11.sandloom.v1.Host\x12=\n\tDrainHost\x12\x1d.sandloom.v1.DrainHostRequest\x1a\x11.sandloom.v1.Host\x12M\n\nRemoveHost\x12\x1e.sandloom.v1.RemoveHostRequest\x1a\x1f.sandloom.v1.RemoveHostResponse2\xa8\x03\n\x08HostSync\x12M\n\nReportHost\x12\x1e.sandloom.v1.ReportHostRequest\x1a\x1f.sandloom.v1.ReportHostResponse\x12U\n\x10WatchAssignments\x12$.sandloom.v1.WatchAssignmentsRequest\x1a\x19.sandloom.v1.SandboxEvent0\x01\x12L\n\nWatchPools\x12\x1e.sandloom.v1.WatchPoolsRequest\x1a\x1c.sandloom.v1.PoolAssignments0\x01\x12V\n\rReportSandbox\x12!.sandloom.v1.ReportSandboxRequest\x1a\".sandloom.v1.ReportSandboxResponse\x12P\n\x0bRecordEvent\x12\x1f.sandloom.v1.RecordEventRequest\x1a .sandloom.v1.RecordEventResponse2\xc2\x03\n\x0bHostRuntime\x12\x41\n\x06\x41ttach\x12\x18.sandloom.v1.StreamInput\x1a\x19.sandloom.v1.StreamOutput(\x01\x30\x01\x12?\n\x04\x45xec\x12\x18.sandloom.v1.StreamInput\x1a\x19.sandloom.v1.StreamOutput(\x01\x30\x01\x12@\n\x04Logs\x12\x1b.sandloom.v1.GetLogsRequest\x1a\x19.sandloom.v1.StreamOutput0\x01\x12O\n\x06Import\x12\x1f.sandloom.v1.ImportImageRequest\x1a .sandloom.v1.ImportImageResponse(\x01\x30\x01\x12P\n\x0b\x46orgetImage\x12\x1f.sandloom.v1.ForgetImageRequest\x1a .sandloom.v1.ForgetImageResponse\x12J\n\x06Ledger\x12$.sandloom.v1.GetSharingLedgerRequest\x1a\x1a.sandloom.v1.SharingLedgerb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'controlplane.api.v1.hosts_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_HOSTSTATE']._serialized_start=1521
-  _globals['_HOSTSTATE']._serialized_end=1581
+  _globals['_HOSTSTATE']._serialized_start=1996
+  _globals['_HOSTSTATE']._serialized_end=2097
   _globals['_HOSTCAPACITY']._serialized_start=186
   _globals['_HOSTCAPACITY']._serialized_end=374
-  _globals['_HOST']._serialized_start=377
-  _globals['_HOST']._serialized_end=844
-  _globals['_GETHOSTREQUEST']._serialized_start=846
-  _globals['_GETHOSTREQUEST']._serialized_end=876
-  _globals['_LISTHOSTSREQUEST']._serialized_start=878
-  _globals['_LISTHOSTSREQUEST']._serialized_end=935
-  _globals['_LISTHOSTSRESPONSE']._serialized_start=937
-  _globals['_LISTHOSTSRESPONSE']._serialized_end=1041
-  _globals['_REPORTHOSTREQUEST']._serialized_start=1043
-  _globals['_REPORTHOSTREQUEST']._serialized_end=1095
-  _globals['_REPORTHOSTRESPONSE']._serialized_start=1097
-  _globals['_REPORTHOSTRESPONSE']._serialized_end=1134
-  _globals['_WATCHASSIGNMENTSREQUEST']._serialized_start=1136
-  _globals['_WATCHASSIGNMENTSREQUEST']._serialized_end=1175
-  _globals['_WATCHPOOLSREQUEST']._serialized_start=1177
-  _globals['_WATCHPOOLSREQUEST']._serialized_end=1210
-  _globals['_REPORTSANDBOXREQUEST']._serialized_start=1212
-  _globals['_REPORTSANDBOXREQUEST']._serialized_end=1337
-  _globals['_REPORTSANDBOXRESPONSE']._serialized_start=1339
-  _globals['_REPORTSANDBOXRESPONSE']._serialized_end=1362
-  _globals['_RECORDEVENTREQUEST']._serialized_start=1364
-  _globals['_RECORDEVENTREQUEST']._serialized_end=1419
-  _globals['_RECORDEVENTRESPONSE']._serialized_start=1421
-  _globals['_RECORDEVENTRESPONSE']._serialized_end=1442
-  _globals['_FORGETIMAGEREQUEST']._serialized_start=1444
-  _globals['_FORGETIMAGEREQUEST']._serialized_end=1496
-  _globals['_FORGETIMAGERESPONSE']._serialized_start=1498
-  _globals['_FORGETIMAGERESPONSE']._serialized_end=1519
-  _globals['_HOSTS']._serialized_start=1584
-  _globals['_HOSTS']._serialized_end=1726
-  _globals['_HOSTSYNC']._serialized_start=1729
-  _globals['_HOSTSYNC']._serialized_end=2153
-  _globals['_HOSTRUNTIME']._serialized_start=2156
-  _globals['_HOSTRUNTIME']._serialized_end=2606
+  _globals['_RESIDENTOBJECTS']._serialized_start=376
+  _globals['_RESIDENTOBJECTS']._serialized_end=437
+  _globals['_HOST']._serialized_start=440
+  _globals['_HOST']._serialized_end=1025
+  _globals['_DRAINBLOCKER']._serialized_start=1027
+  _globals['_DRAINBLOCKER']._serialized_end=1103
+  _globals['_CORDONHOSTREQUEST']._serialized_start=1105
+  _globals['_CORDONHOSTREQUEST']._serialized_end=1138
+  _globals['_UNCORDONHOSTREQUEST']._serialized_start=1140
+  _globals['_UNCORDONHOSTREQUEST']._serialized_end=1175
+  _globals['_DRAINHOSTREQUEST']._serialized_start=1177
+  _globals['_DRAINHOSTREQUEST']._serialized_end=1224
+  _globals['_REMOVEHOSTREQUEST']._serialized_start=1226
+  _globals['_REMOVEHOSTREQUEST']._serialized_end=1297
+  _globals['_REMOVEHOSTRESPONSE']._serialized_start=1299
+  _globals['_REMOVEHOSTRESPONSE']._serialized_end=1319
+  _globals['_GETHOSTREQUEST']._serialized_start=1321
+  _globals['_GETHOSTREQUEST']._serialized_end=1351
+  _globals['_LISTHOSTSREQUEST']._serialized_start=1353
+  _globals['_LISTHOSTSREQUEST']._serialized_end=1410
+  _globals['_LISTHOSTSRESPONSE']._serialized_start=1412
+  _globals['_LISTHOSTSRESPONSE']._serialized_end=1516
+  _globals['_REPORTHOSTREQUEST']._serialized_start=1518
+  _globals['_REPORTHOSTREQUEST']._serialized_end=1570
+  _globals['_REPORTHOSTRESPONSE']._serialized_start=1572
+  _globals['_REPORTHOSTRESPONSE']._serialized_end=1609
+  _globals['_WATCHASSIGNMENTSREQUEST']._serialized_start=1611
+  _globals['_WATCHASSIGNMENTSREQUEST']._serialized_end=1650
+  _globals['_WATCHPOOLSREQUEST']._serialized_start=1652
+  _globals['_WATCHPOOLSREQUEST']._serialized_end=1685
+  _globals['_REPORTSANDBOXREQUEST']._serialized_start=1687
+  _globals['_REPORTSANDBOXREQUEST']._serialized_end=1812
+  _globals['_REPORTSANDBOXRESPONSE']._serialized_start=1814
+  _globals['_REPORTSANDBOXRESPONSE']._serialized_end=1837
+  _globals['_RECORDEVENTREQUEST']._serialized_start=1839
+  _globals['_RECORDEVENTREQUEST']._serialized_end=1894
+  _globals['_RECORDEVENTRESPONSE']._serialized_start=1896
+  _globals['_RECORDEVENTRESPONSE']._serialized_end=1917
+  _globals['_FORGETIMAGEREQUEST']._serialized_start=1919
+  _globals['_FORGETIMAGEREQUEST']._serialized_end=1971
+  _globals['_FORGETIMAGERESPONSE']._serialized_start=1973
+  _globals['_FORGETIMAGERESPONSE']._serialized_end=1994
+  _globals['_HOSTS']._serialized_start=2100
+  _globals['_HOSTS']._serialized_end=2518
+  _globals['_HOSTSYNC']._serialized_start=2521
+  _globals['_HOSTSYNC']._serialized_end=2945
+  _globals['_HOSTRUNTIME']._serialized_start=2948
+  _globals['_HOSTRUNTIME']._serialized_end=3398
 # @@protoc_insertion_point(module_scope)

@@ -36,6 +36,12 @@ class _HostStateEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_HostState.V
     READY: _HostState.ValueType  # 1
     LOST: _HostState.ValueType  # 2
     """its lease ran out"""
+    CORDONED: _HostState.ValueType  # 3
+    """its lease holds in this and what follows; it gets nothing new"""
+    DRAINING: _HostState.ValueType  # 4
+    """and what it has is moved away"""
+    DRAINED: _HostState.ValueType  # 5
+    """and nothing lives there"""
 
 class HostState(_HostState, metaclass=_HostStateEnumTypeWrapper): ...
 
@@ -43,6 +49,12 @@ HOST_STATE_UNSPECIFIED: HostState.ValueType  # 0
 READY: HostState.ValueType  # 1
 LOST: HostState.ValueType  # 2
 """its lease ran out"""
+CORDONED: HostState.ValueType  # 3
+"""its lease holds in this and what follows; it gets nothing new"""
+DRAINING: HostState.ValueType  # 4
+"""and what it has is moved away"""
+DRAINED: HostState.ValueType  # 5
+"""and nothing lives there"""
 Global___HostState: _TypeAlias = HostState  # noqa: Y015
 
 @_typing.final
@@ -86,6 +98,32 @@ class HostCapacity(_message.Message):
 Global___HostCapacity: _TypeAlias = HostCapacity  # noqa: Y015
 
 @_typing.final
+class ResidentObjects(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    KIND_FIELD_NUMBER: _builtins.int
+    COUNT_FIELD_NUMBER: _builtins.int
+    BYTES_FIELD_NUMBER: _builtins.int
+    kind: _builtins.str
+    """layer, kernel, initramfs, template, checkpoint"""
+    count: _builtins.int
+    bytes: _builtins.int
+    def __init__(
+        self,
+        *,
+        kind: _builtins.str = ...,
+        count: _builtins.int = ...,
+        bytes: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bytes", b"bytes", "count", b"count", "kind", b"kind"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ResidentObjects: _TypeAlias = ResidentObjects  # noqa: Y015
+
+@_typing.final
 class Host(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -105,6 +143,9 @@ class Host(_message.Message):
     CLASSES_FIELD_NUMBER: _builtins.int
     RESOURCE_VERSION_FIELD_NUMBER: _builtins.int
     POOLS_FIELD_NUMBER: _builtins.int
+    KERNEL_FEATURES_FIELD_NUMBER: _builtins.int
+    RESIDENT_FIELD_NUMBER: _builtins.int
+    BLOCKERS_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     state: Global___HostState.ValueType
     accel: _builtins.str
@@ -135,6 +176,18 @@ class Host(_message.Message):
     def pools(self) -> _containers.RepeatedCompositeFieldContainer[_pools_pb2.PoolReport]:
         """the warm pools that it keeps a share of"""
 
+    @_builtins.property
+    def kernel_features(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """what of its kernel sandboxes may use, probed: psi, memory.reclaim, kvm, ..."""
+
+    @_builtins.property
+    def resident(self) -> _containers.RepeatedCompositeFieldContainer[Global___ResidentObjects]:
+        """what its store holds"""
+
+    @_builtins.property
+    def blockers(self) -> _containers.RepeatedCompositeFieldContainer[Global___DrainBlocker]:
+        """GetHost and DrainHost, while DRAINING: what stays, and why"""
+
     def __init__(
         self,
         *,
@@ -154,14 +207,146 @@ class Host(_message.Message):
         classes: _abc.Iterable[_sandboxes_pb2.SandboxClass.ValueType] | None = ...,
         resource_version: _builtins.int = ...,
         pools: _abc.Iterable[_pools_pb2.PoolReport] | None = ...,
+        kernel_features: _abc.Iterable[_builtins.str] | None = ...,
+        resident: _abc.Iterable[Global___ResidentObjects] | None = ...,
+        blockers: _abc.Iterable[Global___DrainBlocker] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["capacity", b"capacity", "last_seen", b"last_seen"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["accel", b"accel", "capacity", b"capacity", "cgroup_version", b"cgroup_version", "classes", b"classes", "guest_kernel_version", b"guest_kernel_version", "image_digests", b"image_digests", "isolation_note", b"isolation_note", "kernel_version", b"kernel_version", "last_seen", b"last_seen", "name", b"name", "pools", b"pools", "qemu_version", b"qemu_version", "resource_version", b"resource_version", "runtime_address", b"runtime_address", "sandboxes", b"sandboxes", "state", b"state"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["accel", b"accel", "blockers", b"blockers", "capacity", b"capacity", "cgroup_version", b"cgroup_version", "classes", b"classes", "guest_kernel_version", b"guest_kernel_version", "image_digests", b"image_digests", "isolation_note", b"isolation_note", "kernel_features", b"kernel_features", "kernel_version", b"kernel_version", "last_seen", b"last_seen", "name", b"name", "pools", b"pools", "qemu_version", b"qemu_version", "resident", b"resident", "resource_version", b"resource_version", "runtime_address", b"runtime_address", "sandboxes", b"sandboxes", "state", b"state"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Host: _TypeAlias = Host  # noqa: Y015
+
+@_typing.final
+class DrainBlocker(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SANDBOX_FIELD_NUMBER: _builtins.int
+    UID_FIELD_NUMBER: _builtins.int
+    TENANT_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
+    sandbox: _builtins.str
+    uid: _builtins.str
+    tenant: _builtins.str
+    reason: _builtins.str
+    def __init__(
+        self,
+        *,
+        sandbox: _builtins.str = ...,
+        uid: _builtins.str = ...,
+        tenant: _builtins.str = ...,
+        reason: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["reason", b"reason", "sandbox", b"sandbox", "tenant", b"tenant", "uid", b"uid"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DrainBlocker: _TypeAlias = DrainBlocker  # noqa: Y015
+
+@_typing.final
+class CordonHostRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["name", b"name"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CordonHostRequest: _TypeAlias = CordonHostRequest  # noqa: Y015
+
+@_typing.final
+class UncordonHostRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["name", b"name"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___UncordonHostRequest: _TypeAlias = UncordonHostRequest  # noqa: Y015
+
+@_typing.final
+class DrainHostRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    FORCE_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    force: _builtins.bool
+    """what cannot be moved is stopped, with its grace"""
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        force: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["force", b"force", "name", b"name"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DrainHostRequest: _TypeAlias = DrainHostRequest  # noqa: Y015
+
+@_typing.final
+class RemoveHostRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    FORCE_FIELD_NUMBER: _builtins.int
+    ALLOW_MISSING_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    force: _builtins.bool
+    allow_missing: _builtins.bool
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        force: _builtins.bool = ...,
+        allow_missing: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["allow_missing", b"allow_missing", "force", b"force", "name", b"name"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RemoveHostRequest: _TypeAlias = RemoveHostRequest  # noqa: Y015
+
+@_typing.final
+class RemoveHostResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RemoveHostResponse: _TypeAlias = RemoveHostResponse  # noqa: Y015
 
 @_typing.final
 class GetHostRequest(_message.Message):

@@ -47,6 +47,26 @@ class HostsStub:
                 request_serializer=controlplane_dot_api_dot_v1_dot_hosts__pb2.ListHostsRequest.SerializeToString,
                 response_deserializer=controlplane_dot_api_dot_v1_dot_hosts__pb2.ListHostsResponse.FromString,
                 _registered_method=True)
+        self.CordonHost = channel.unary_unary(
+                '/sandloom.v1.Hosts/CordonHost',
+                request_serializer=controlplane_dot_api_dot_v1_dot_hosts__pb2.CordonHostRequest.SerializeToString,
+                response_deserializer=controlplane_dot_api_dot_v1_dot_hosts__pb2.Host.FromString,
+                _registered_method=True)
+        self.UncordonHost = channel.unary_unary(
+                '/sandloom.v1.Hosts/UncordonHost',
+                request_serializer=controlplane_dot_api_dot_v1_dot_hosts__pb2.UncordonHostRequest.SerializeToString,
+                response_deserializer=controlplane_dot_api_dot_v1_dot_hosts__pb2.Host.FromString,
+                _registered_method=True)
+        self.DrainHost = channel.unary_unary(
+                '/sandloom.v1.Hosts/DrainHost',
+                request_serializer=controlplane_dot_api_dot_v1_dot_hosts__pb2.DrainHostRequest.SerializeToString,
+                response_deserializer=controlplane_dot_api_dot_v1_dot_hosts__pb2.Host.FromString,
+                _registered_method=True)
+        self.RemoveHost = channel.unary_unary(
+                '/sandloom.v1.Hosts/RemoveHost',
+                request_serializer=controlplane_dot_api_dot_v1_dot_hosts__pb2.RemoveHostRequest.SerializeToString,
+                response_deserializer=controlplane_dot_api_dot_v1_dot_hosts__pb2.RemoveHostResponse.FromString,
+                _registered_method=True)
 
 
 class HostsServicer:
@@ -66,6 +86,38 @@ class HostsServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def CordonHost(self, request, context):
+        """The host gets nothing new; what it has stays. Idempotent. NOT_FOUND, FAILED_PRECONDITION (it is being drained).
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def UncordonHost(self, request, context):
+        """Takes back cordon and drain: the host gets sandboxes again. Idempotent. What has moved stays where it is. NOT_FOUND.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def DrainHost(self, request, context):
+        """Cordons the host and moves its sandboxes away: those whose restart policy allows it end here and start elsewhere
+        under a new epoch, as soon as another host has room. `blockers` of the answer, and of GetHost, names the others and
+        why; with force those are stopped. Idempotent. Afterwards: DRAINING, and DRAINED once nothing lives there. NOT_FOUND.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def RemoveHost(self, request, context):
+        """Forgets a host and refuses its certificates from then on; the name may join again with a new token. Idempotent with
+        allow_missing. What it still had is replaced elsewhere or FAILED, as its restart policy says; a removed host that
+        still runs ends what it has. Errors: NOT_FOUND, FAILED_PRECONDITION (HostHolds: sandboxes live there, without force).
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_HostsServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -78,6 +130,26 @@ def add_HostsServicer_to_server(servicer, server):
                     servicer.ListHosts,
                     request_deserializer=controlplane_dot_api_dot_v1_dot_hosts__pb2.ListHostsRequest.FromString,
                     response_serializer=controlplane_dot_api_dot_v1_dot_hosts__pb2.ListHostsResponse.SerializeToString,
+            ),
+            'CordonHost': grpc.unary_unary_rpc_method_handler(
+                    servicer.CordonHost,
+                    request_deserializer=controlplane_dot_api_dot_v1_dot_hosts__pb2.CordonHostRequest.FromString,
+                    response_serializer=controlplane_dot_api_dot_v1_dot_hosts__pb2.Host.SerializeToString,
+            ),
+            'UncordonHost': grpc.unary_unary_rpc_method_handler(
+                    servicer.UncordonHost,
+                    request_deserializer=controlplane_dot_api_dot_v1_dot_hosts__pb2.UncordonHostRequest.FromString,
+                    response_serializer=controlplane_dot_api_dot_v1_dot_hosts__pb2.Host.SerializeToString,
+            ),
+            'DrainHost': grpc.unary_unary_rpc_method_handler(
+                    servicer.DrainHost,
+                    request_deserializer=controlplane_dot_api_dot_v1_dot_hosts__pb2.DrainHostRequest.FromString,
+                    response_serializer=controlplane_dot_api_dot_v1_dot_hosts__pb2.Host.SerializeToString,
+            ),
+            'RemoveHost': grpc.unary_unary_rpc_method_handler(
+                    servicer.RemoveHost,
+                    request_deserializer=controlplane_dot_api_dot_v1_dot_hosts__pb2.RemoveHostRequest.FromString,
+                    response_serializer=controlplane_dot_api_dot_v1_dot_hosts__pb2.RemoveHostResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -134,6 +206,114 @@ class Hosts:
             '/sandloom.v1.Hosts/ListHosts',
             controlplane_dot_api_dot_v1_dot_hosts__pb2.ListHostsRequest.SerializeToString,
             controlplane_dot_api_dot_v1_dot_hosts__pb2.ListHostsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def CordonHost(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/sandloom.v1.Hosts/CordonHost',
+            controlplane_dot_api_dot_v1_dot_hosts__pb2.CordonHostRequest.SerializeToString,
+            controlplane_dot_api_dot_v1_dot_hosts__pb2.Host.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def UncordonHost(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/sandloom.v1.Hosts/UncordonHost',
+            controlplane_dot_api_dot_v1_dot_hosts__pb2.UncordonHostRequest.SerializeToString,
+            controlplane_dot_api_dot_v1_dot_hosts__pb2.Host.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def DrainHost(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/sandloom.v1.Hosts/DrainHost',
+            controlplane_dot_api_dot_v1_dot_hosts__pb2.DrainHostRequest.SerializeToString,
+            controlplane_dot_api_dot_v1_dot_hosts__pb2.Host.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def RemoveHost(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/sandloom.v1.Hosts/RemoveHost',
+            controlplane_dot_api_dot_v1_dot_hosts__pb2.RemoveHostRequest.SerializeToString,
+            controlplane_dot_api_dot_v1_dot_hosts__pb2.RemoveHostResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -42,6 +42,20 @@ class HostsStub:
     """Read only. NOT_FOUND."""
     ListHosts: _grpc.UnaryUnaryMultiCallable[_hosts_pb2.ListHostsRequest, _hosts_pb2.ListHostsResponse]
     """Read only; pages by name."""
+    CordonHost: _grpc.UnaryUnaryMultiCallable[_hosts_pb2.CordonHostRequest, _hosts_pb2.Host]
+    """The host gets nothing new; what it has stays. Idempotent. NOT_FOUND, FAILED_PRECONDITION (it is being drained)."""
+    UncordonHost: _grpc.UnaryUnaryMultiCallable[_hosts_pb2.UncordonHostRequest, _hosts_pb2.Host]
+    """Takes back cordon and drain: the host gets sandboxes again. Idempotent. What has moved stays where it is. NOT_FOUND."""
+    DrainHost: _grpc.UnaryUnaryMultiCallable[_hosts_pb2.DrainHostRequest, _hosts_pb2.Host]
+    """Cordons the host and moves its sandboxes away: those whose restart policy allows it end here and start elsewhere
+    under a new epoch, as soon as another host has room. `blockers` of the answer, and of GetHost, names the others and
+    why; with force those are stopped. Idempotent. Afterwards: DRAINING, and DRAINED once nothing lives there. NOT_FOUND.
+    """
+    RemoveHost: _grpc.UnaryUnaryMultiCallable[_hosts_pb2.RemoveHostRequest, _hosts_pb2.RemoveHostResponse]
+    """Forgets a host and refuses its certificates from then on; the name may join again with a new token. Idempotent with
+    allow_missing. What it still had is replaced elsewhere or FAILED, as its restart policy says; a removed host that
+    still runs ends what it has. Errors: NOT_FOUND, FAILED_PRECONDITION (HostHolds: sandboxes live there, without force).
+    """
 
 @_typing.type_check_only
 class HostsAsyncStub(HostsStub):
@@ -50,6 +64,20 @@ class HostsAsyncStub(HostsStub):
     """Read only. NOT_FOUND."""
     ListHosts: _aio.UnaryUnaryMultiCallable[_hosts_pb2.ListHostsRequest, _hosts_pb2.ListHostsResponse]  # type: ignore[assignment]
     """Read only; pages by name."""
+    CordonHost: _aio.UnaryUnaryMultiCallable[_hosts_pb2.CordonHostRequest, _hosts_pb2.Host]  # type: ignore[assignment]
+    """The host gets nothing new; what it has stays. Idempotent. NOT_FOUND, FAILED_PRECONDITION (it is being drained)."""
+    UncordonHost: _aio.UnaryUnaryMultiCallable[_hosts_pb2.UncordonHostRequest, _hosts_pb2.Host]  # type: ignore[assignment]
+    """Takes back cordon and drain: the host gets sandboxes again. Idempotent. What has moved stays where it is. NOT_FOUND."""
+    DrainHost: _aio.UnaryUnaryMultiCallable[_hosts_pb2.DrainHostRequest, _hosts_pb2.Host]  # type: ignore[assignment]
+    """Cordons the host and moves its sandboxes away: those whose restart policy allows it end here and start elsewhere
+    under a new epoch, as soon as another host has room. `blockers` of the answer, and of GetHost, names the others and
+    why; with force those are stopped. Idempotent. Afterwards: DRAINING, and DRAINED once nothing lives there. NOT_FOUND.
+    """
+    RemoveHost: _aio.UnaryUnaryMultiCallable[_hosts_pb2.RemoveHostRequest, _hosts_pb2.RemoveHostResponse]  # type: ignore[assignment]
+    """Forgets a host and refuses its certificates from then on; the name may join again with a new token. Idempotent with
+    allow_missing. What it still had is replaced elsewhere or FAILED, as its restart policy says; a removed host that
+    still runs ends what it has. Errors: NOT_FOUND, FAILED_PRECONDITION (HostHolds: sandboxes live there, without force).
+    """
 
 class HostsServicer(metaclass=_abc_1.ABCMeta):
     @_abc_1.abstractmethod
@@ -67,6 +95,44 @@ class HostsServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_hosts_pb2.ListHostsResponse, _abc.Awaitable[_hosts_pb2.ListHostsResponse]]:
         """Read only; pages by name."""
+
+    @_abc_1.abstractmethod
+    def CordonHost(
+        self,
+        request: _hosts_pb2.CordonHostRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_hosts_pb2.Host, _abc.Awaitable[_hosts_pb2.Host]]:
+        """The host gets nothing new; what it has stays. Idempotent. NOT_FOUND, FAILED_PRECONDITION (it is being drained)."""
+
+    @_abc_1.abstractmethod
+    def UncordonHost(
+        self,
+        request: _hosts_pb2.UncordonHostRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_hosts_pb2.Host, _abc.Awaitable[_hosts_pb2.Host]]:
+        """Takes back cordon and drain: the host gets sandboxes again. Idempotent. What has moved stays where it is. NOT_FOUND."""
+
+    @_abc_1.abstractmethod
+    def DrainHost(
+        self,
+        request: _hosts_pb2.DrainHostRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_hosts_pb2.Host, _abc.Awaitable[_hosts_pb2.Host]]:
+        """Cordons the host and moves its sandboxes away: those whose restart policy allows it end here and start elsewhere
+        under a new epoch, as soon as another host has room. `blockers` of the answer, and of GetHost, names the others and
+        why; with force those are stopped. Idempotent. Afterwards: DRAINING, and DRAINED once nothing lives there. NOT_FOUND.
+        """
+
+    @_abc_1.abstractmethod
+    def RemoveHost(
+        self,
+        request: _hosts_pb2.RemoveHostRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_hosts_pb2.RemoveHostResponse, _abc.Awaitable[_hosts_pb2.RemoveHostResponse]]:
+        """Forgets a host and refuses its certificates from then on; the name may join again with a new token. Idempotent with
+        allow_missing. What it still had is replaced elsewhere or FAILED, as its restart policy says; a removed host that
+        still runs ends what it has. Errors: NOT_FOUND, FAILED_PRECONDITION (HostHolds: sandboxes live there, without force).
+        """
 
 def add_HostsServicer_to_server(servicer: HostsServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
 

@@ -107,6 +107,30 @@ USER_KERNEL: SandboxClass.ValueType  # 2
 HOST_KERNEL: SandboxClass.ValueType  # 3
 Global___SandboxClass: _TypeAlias = SandboxClass  # noqa: Y015
 
+class _RestartPolicy:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _RestartPolicyEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_RestartPolicy.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    RESTART_POLICY_UNSPECIFIED: _RestartPolicy.ValueType  # 0
+    """NEVER"""
+    RESTART_NEVER: _RestartPolicy.ValueType  # 1
+    """it is FAILED, and keeps a drain waiting"""
+    RESTART_ON_HOST_LOSS: _RestartPolicy.ValueType  # 2
+    """it begins anew on another host, with the same name and uid under a new epoch"""
+
+class RestartPolicy(_RestartPolicy, metaclass=_RestartPolicyEnumTypeWrapper):
+    """What becomes of a sandbox whose host is lost, removed or drained."""
+
+RESTART_POLICY_UNSPECIFIED: RestartPolicy.ValueType  # 0
+"""NEVER"""
+RESTART_NEVER: RestartPolicy.ValueType  # 1
+"""it is FAILED, and keeps a drain waiting"""
+RESTART_ON_HOST_LOSS: RestartPolicy.ValueType  # 2
+"""it begins anew on another host, with the same name and uid under a new epoch"""
+Global___RestartPolicy: _TypeAlias = RestartPolicy  # noqa: Y015
+
 class _ResizeState:
     ValueType = _typing.NewType("ValueType", _builtins.int)
     V: _TypeAlias = ValueType  # noqa: Y015
@@ -262,6 +286,7 @@ class SandboxSpec(_message.Message):
     LABELS_FIELD_NUMBER: _builtins.int
     HOSTNAME_FIELD_NUMBER: _builtins.int
     COLD_FIELD_NUMBER: _builtins.int
+    RESTART_FIELD_NUMBER: _builtins.int
     CHECKPOINT_FIELD_NUMBER: _builtins.int
     image: _builtins.str
     """name as given; the server resolves image_digest"""
@@ -272,6 +297,7 @@ class SandboxSpec(_message.Message):
     """empty: the sandbox's name"""
     cold: _builtins.bool
     """boot, even where a template could be cloned"""
+    restart: Global___RestartPolicy.ValueType
     checkpoint: _builtins.str
     """output only: the id of the checkpoint that it goes on from"""
     @_builtins.property
@@ -291,11 +317,12 @@ class SandboxSpec(_message.Message):
         labels: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
         hostname: _builtins.str = ...,
         cold: _builtins.bool = ...,
+        restart: Global___RestartPolicy.ValueType = ...,
         checkpoint: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["process", b"process", "resources", b"resources"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["checkpoint", b"checkpoint", "class", b"class", "cold", b"cold", "hostname", b"hostname", "image", b"image", "image_digest", b"image_digest", "labels", b"labels", "process", b"process", "remove_on_exit", b"remove_on_exit", "resources", b"resources"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["checkpoint", b"checkpoint", "class", b"class", "cold", b"cold", "hostname", b"hostname", "image", b"image", "image_digest", b"image_digest", "labels", b"labels", "process", b"process", "remove_on_exit", b"remove_on_exit", "resources", b"resources", "restart", b"restart"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -32,6 +32,7 @@ from controlplane.api.v1 import (
 )
 from controlplane.ca import Authority
 from tests.controlplane.cli.fakecheckpoints import FakeCheckpoints
+from tests.controlplane.cli.fakehosts import FakeHosts
 from tests.controlplane.cli.fakepools import FakePools
 
 Output = sandboxes_pb2.StreamOutput
@@ -110,7 +111,7 @@ def fail(context: grpc.ServicerContext, condition: Condition, reason: str, messa
 
 
 class FakeFabric(
-    FakePools, sandboxes_pb2_grpc.SandboxesServicer, images_pb2_grpc.ImagesServicer, hosts_pb2_grpc.HostsServicer,
+    FakePools, FakeHosts, sandboxes_pb2_grpc.SandboxesServicer, images_pb2_grpc.ImagesServicer,
     hosts_pb2_grpc.HostSyncServicer,
 ):  # fmt: skip
     """See the module. Tests read and set its public fields."""
@@ -124,7 +125,6 @@ class FakeFabric(
         self.images: dict[str, images_pb2.Image] = {
             "debian": images_pb2.Image(name="debian", digest="sha256:" + "a" * 64)
         }
-        self.hosts: dict[str, hosts_pb2.Host] = {}
         self.events: list[sandboxes_pb2.Event] = []
         self.ledger = sandboxes_pb2.SharingLedger()
         self.uploaded = b""
@@ -377,12 +377,6 @@ class FakeFabric(
         return images_pb2.DeleteImageResponse()
 
     # Hosts.
-
-    def GetHost(self, request: Any, context: Any) -> hosts_pb2.Host:
-        return self.hosts[request.name]
-
-    def ListHosts(self, request: Any, context: Any) -> hosts_pb2.ListHostsResponse:
-        return hosts_pb2.ListHostsResponse(hosts=list(self.hosts.values()))
 
     def ReportHost(self, request: Any, context: Any) -> hosts_pb2.ReportHostResponse:
         request.host.state = hosts_pb2.READY

@@ -13,6 +13,7 @@ class FakePools(pools_pb2_grpc.PoolsServicer):
     """See the module."""
 
     def __init__(self) -> None:
+        super().__init__()
         self.pools: dict[str, pools_pb2.Pool] = {}
 
     def _find(self, name: str, context: Any) -> pools_pb2.Pool:
