@@ -61,6 +61,9 @@ class Feed:
         self.cursor = self.floor = revision
         self._ring.clear()
         self._ring_changes = 0
+        for watcher in self.watchers:  # what came in between is in etcd's history only
+            watcher.live = False
+            watcher.woken.set()
 
     async def run(self) -> None:
         """Until cancelled."""
@@ -72,7 +75,7 @@ class Feed:
                 await self._follow()
             except Compacted as error:
                 log.warning("the watch fell behind a compaction and begins again")
-                self._fail_all(error)
+                self._fail_all(error, before=int(dict(error.details)["revision"]))
                 await self._start_again()
                 continue
             except StoreError as error:
@@ -91,9 +94,10 @@ class Feed:
                 log.warning("%s", error)
                 await asyncio.sleep(1.0)
 
-    def _fail_all(self, error: OperationError) -> None:
+    def _fail_all(self, error: OperationError, *, before: int = 0) -> None:
         for watcher in self.watchers:
-            watcher.fail(error)
+            if not before or watcher.cursor < before:
+                watcher.fail(error)
 
     def _watch_request(self, after: int) -> Any:
         proto = self._link.proto
@@ -130,10 +134,15 @@ class Feed:
         return asyncio.get_running_loop().time() + in_s
 
     async def _probe(self, member: Member) -> None:
-        """TimeoutError when the stream has to be opened again: its member was left, or it is behind since a while."""
+        """TimeoutError when the stream has to be opened again: its member was left or does not answer over this
+        connection, or it is behind since a while."""
         if not self._link.uses(member):
             raise TimeoutError
-        newest = await self.revision()
+        try:
+            newest = await self.revision()
+        except StoreError as error:
+            await member.close()  # a connection that swallows everything; the next one may not
+            raise TimeoutError from error
         if self.cursor < self._suspect:
             self._suspect = 0
             raise TimeoutError

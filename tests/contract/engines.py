@@ -56,7 +56,7 @@ async def end_leases(access: EtcdAccess) -> None:
 
 def etcd_access() -> EtcdAccess:
     """The shared etcd, under a prefix that nobody else has."""
-    return EtcdAccess((shared_etcd(),), prefix=f"{secrets.token_hex(6)}/")
+    return EtcdAccess((shared_etcd(),), prefix=f"{secrets.token_hex(6)}/", deadline_s=30.0)
 
 
 def etcd_engine(_: Path) -> Engine:
