@@ -34,12 +34,18 @@ TABLE: Mapping[str, frozenset[Role]] = {
     ),
     **_all("Tenants", USERS, "GetTenant"),
     **_all("Tenants", OPERATORS, "CreateTenant", "ListTenants", "UpdateTenant", "DeleteTenant"),
-    **_all("Hosts", OPERATORS, "GetHost", "ListHosts", "CordonHost", "UncordonHost", "DrainHost", "RemoveHost"),
+    **_all(
+        "Hosts", OPERATORS, "GetHost", "ListHosts", "CordonHost", "UncordonHost", "DrainHost", "RemoveHost",
+        "CreateJoinToken",
+    ),
     **_all(
         "HostSync", HOSTS, "ReportHost", "WatchAssignments", "WatchPools", "ReportSandbox", "RecordEvent",
     ),
 }  # fmt: skip
 """By the method's full name, as gRPC has it."""
+
+WITHOUT_CERTIFICATE = frozenset({f"/{PACKAGE}.HostJoin/JoinHost"})
+"""Served on a listener of their own, to callers that have no certificate yet: what counts there is a token."""
 
 
 def roles_of(method: str) -> frozenset[Role]:

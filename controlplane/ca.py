@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cryptography import x509
+from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
@@ -27,6 +28,7 @@ from controlplane.errors import TlsError
 
 CA_DAYS = 3650
 LEAF_DAYS = 365
+CURVES = (ec.SECP256R1, ec.SECP384R1, ec.SECP521R1)
 CLOCK_SKEW = datetime.timedelta(minutes=5)
 SERVERS = (Role.HOST, Role.CONTROLPLANE)
 
@@ -37,6 +39,30 @@ class Issued:
 
     cert_pem: bytes
     key_pem: bytes
+
+
+@dataclass(frozen=True)
+class Signed:
+    """A certificate for somebody else's key, PEM, and its serial number in hex."""
+
+    cert_pem: bytes
+    serial: str
+
+
+@dataclass(frozen=True)
+class Request:
+    """A new key, which stays where it is made, and the request that a CA signs. Both PEM."""
+
+    key_pem: bytes
+    csr_pem: bytes
+
+
+def new_request(name: str) -> Request:
+    """A key of one's own and a signing request for it; `name` is for people."""
+    key = ec.generate_private_key(ec.SECP256R1())
+    subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name[:64])])
+    request = x509.CertificateSigningRequestBuilder().subject_name(subject).sign(key, hashes.SHA256())
+    return Request(_key_pem(key), request.public_bytes(serialization.Encoding.PEM))
 
 
 class Authority:
@@ -61,8 +87,8 @@ class Authority:
         builder = builder.add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
         builder = builder.add_extension(_key_usage(ca=True), critical=True)
         authority = Authority(builder.sign(key, hashes.SHA256()), key)
-        _write(folder / "ca.key", _key_pem(key), 0o600)
-        _write(folder / "ca.crt", authority.cert_pem, 0o644)
+        write_file(folder / "ca.key", _key_pem(key), 0o600)
+        write_file(folder / "ca.crt", authority.cert_pem, 0o644)
         return authority
 
     @staticmethod
@@ -95,8 +121,32 @@ class Authority:
     ) -> Issued:
         """A certificate for `identity`; servers get their role's DNS SAN besides those given."""
         key = ec.generate_private_key(ec.SECP256R1())
+        certificate = self._certify(identity, key.public_key(), dns_names, ip_addresses, days, now or _utc())
+        return Issued(certificate.public_bytes(serialization.Encoding.PEM), _key_pem(key))
+
+    def sign(self, request_pem: bytes, identity: Identity, *, days: int = LEAF_DAYS) -> Signed:
+        """A certificate of `identity` for the key of a signing request, of which nothing else counts: neither its
+        subject nor what names it asks for. TlsError when it is none, is not signed by its own key, or has another
+        kind of key."""
+        try:
+            request = x509.load_pem_x509_csr(request_pem)
+            sound = request.is_signature_valid
+        except (ValueError, TypeError, UnsupportedAlgorithm) as error:
+            raise TlsError(f"the signing request cannot be read: {error}") from error
+        key = request.public_key()
+        if not sound:
+            raise TlsError("the signing request is not signed by its own key")
+        if not isinstance(key, ec.EllipticCurvePublicKey) or not isinstance(key.curve, CURVES):
+            raise TlsError("the signing request's key must be on the curve P-256, P-384 or P-521")
+        certificate = self._certify(identity, key, (), (), days, _utc())
+        return Signed(certificate.public_bytes(serialization.Encoding.PEM), f"{certificate.serial_number:x}")
+
+    def _certify(
+        self, identity: Identity, key: ec.EllipticCurvePublicKey, dns_names: Iterable[str],
+        ip_addresses: Iterable[str], days: int, now: datetime.datetime,
+    ) -> x509.Certificate:  # fmt: skip
         subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, str(identity)[:64])])
-        builder = _builder(subject, self._certificate.subject, key.public_key(), now or _utc(), days)
+        builder = _builder(subject, self._certificate.subject, key, now, days)
         sans: list[x509.GeneralName] = [x509.UniformResourceIdentifier(identity.uri)]
         sans += [x509.DNSName(name) for name in [*_own_names(identity), *dns_names]]
         sans += [x509.IPAddress(ipaddress.ip_address(address)) for address in ip_addresses]
@@ -111,8 +161,7 @@ class Authority:
             .add_extension(x509.ExtendedKeyUsage(uses), critical=False)
             .add_extension(issuer, critical=False)
         )
-        certificate = builder.sign(self._key, hashes.SHA256())
-        return Issued(certificate.public_bytes(serialization.Encoding.PEM), _key_pem(key))
+        return builder.sign(self._key, hashes.SHA256())
 
     def issue_files(
         self,
@@ -128,9 +177,9 @@ class Authority:
         issued = self.issue(identity, dns_names=dns_names, ip_addresses=ip_addresses, days=days)
         stem = stem or identity.role.value
         files = TlsFiles(folder / "ca.crt", folder / f"{stem}.crt", folder / f"{stem}.key")
-        _write(files.ca, self.cert_pem, 0o644)
-        _write(files.key, issued.key_pem, 0o600)
-        _write(files.cert, issued.cert_pem, 0o644)
+        write_file(files.ca, self.cert_pem, 0o644)
+        write_file(files.key, issued.key_pem, 0o600)
+        write_file(files.cert, issued.cert_pem, 0o644)
         return files
 
 
@@ -180,7 +229,7 @@ def _key_pem(key: ec.EllipticCurvePrivateKey) -> bytes:
     return key.private_bytes(serialization.Encoding.PEM, pkcs8, plain)
 
 
-def _write(path: Path, content: bytes, mode: int) -> None:
+def write_file(path: Path, content: bytes, mode: int) -> None:
     """Whole or not at all: a new file, then a rename. The mode is set before any byte is in it."""
     staging = path.with_name(f".{path.name}.{os.getpid()}")
     try:

@@ -4,6 +4,9 @@ listen, tls_ca, tls_cert, tls_key   required; listen is HOST:PORT, port 0 lets t
 store = "sqlite:PATH"               required; relative paths are relative to the file's folder
 lease_s = 15                        how long a host stays READY without a report
 lost_grace_s = 30                   how long after that its sandboxes are given up
+ca_dir                              folder of the CA (ca.crt, ca.key) that signs hosts' keys; none: nobody joins
+join_listen                         HOST:PORT where hosts join, without a certificate; none: nobody joins
+advertise, join_advertise           HOST:PORT at which others reach listen and join_listen, where those do not say it
 history_s = 600                     how far back a watch may begin
 kept_events = 10000                 how many events are kept
 [quotas.TENANT]                     how much a tenant may have at once, each key optional:
@@ -39,12 +42,20 @@ class Config:
     lost_grace_s: int = 30
     history_s: int = 600
     kept_events: int = 10_000
+    ca_dir: Path | None = None
+    join_listen: str = ""
+    advertise: str = ""
+    join_advertise: str = ""
     quotas: tuple[tuple[str, Quota], ...] = ()
 
     def __post_init__(self) -> None:
-        listen = LISTEN.fullmatch(self.listen)
-        if listen is None or int(listen[2]) > 65535:
-            raise ConfigError(f"listen = {self.listen!r} is not HOST:PORT")
+        for name in ("listen", "join_listen", "advertise", "join_advertise"):
+            value = getattr(self, name)
+            listen = LISTEN.fullmatch(value)
+            if (value or name == "listen") and (listen is None or int(listen[2]) > 65535):
+                raise ConfigError(f"{name} = {value!r} is not HOST:PORT")
+        if self.join_listen and self.ca_dir is None:
+            raise ConfigError("join_listen without ca_dir: hosts that join need a CA that signs their keys")
         if not self.store.startswith("sqlite:") or not self.store.removeprefix("sqlite:"):
             raise ConfigError(f"store = {self.store!r} is not sqlite:PATH")
         for name in ("lease_s", "history_s", "kept_events"):
@@ -86,6 +97,7 @@ def parse(values: dict[str, Any], source: str, folder: Path = Path()) -> Config:
 def _typed(name: str, kind: str, value: Any, source: str, folder: Path) -> Any:
     if name == "quotas":
         return _quotas(value, source)
+    kind = kind.removesuffix(" | None")
     if kind == "Path" and isinstance(value, str) and value:
         return folder / value
     if kind == "int" and isinstance(value, int) and not isinstance(value, bool) and value >= 0:

@@ -9,6 +9,7 @@ image-use/<tenant>/<digest>          uid of the newest user; guards an image aga
 residency/<tenant>/<digest>/<host>   Residency
 pools/<tenant>/<name>                Pool
 hosts/<host>                         Host
+joins/<id>                           JoinRecord
 members/<host>                       Member; outlives the host as a tombstone
 alive/<host>                         present as long as the host's lease is
 tenants/<tenant>                     Tenant
@@ -22,7 +23,7 @@ ALL = ""
 SANDBOXES, UIDS, NAMES, REQUESTS = "sandboxes/", "uids/", "names/", "requests/"
 IMAGES, IMAGE_USE, RESIDENCY = "images/", "image-use/", "residency/"
 HOSTS, ALIVE, PLACEMENTS, EVENTS = "hosts/", "alive/", "placements/", "events/"
-POOLS, TENANTS, MEMBERS = "pools/", "tenants/", "members/"
+POOLS, TENANTS, MEMBERS, JOINS = "pools/", "tenants/", "members/", "joins/"
 
 
 def sandboxes_of(tenant: str) -> str:
@@ -105,6 +106,11 @@ def host(of: str) -> str:
 def member(host: str) -> str:
     """The key of what operators decided of a host."""
     return f"{MEMBERS}{host}"
+
+
+def join(of: str) -> str:
+    """The key of what is kept of a join token."""
+    return f"{JOINS}{of}"
 
 
 def alive(host: str) -> str:

@@ -16,6 +16,7 @@ from controlplane.api.v1 import hosts_pb2
 from controlplane.drains import Drains
 from controlplane.errors import Conflict, ControlPlaneError
 from controlplane.images import Images
+from controlplane.joining import Joining
 from controlplane.membership import Standing
 from controlplane.model import DesiredState, Event, Phase, Residency, Sandbox
 from controlplane.records import Records
@@ -43,13 +44,14 @@ class Reconciler:
 
     def __init__(
         self, store: Store, view: View, records: Records, sandboxes: Sandboxes, images: Images, links: HostLinks,
-        event_log: events.EventLog, drains: Drains, *, lost_grace_s: float, history_s: float,
+        event_log: events.EventLog, drains: Drains, joining: Joining, *, lost_grace_s: float, history_s: float,
         now_s: Callable[[], float] = time.time,
         clock_s: Callable[[], float] = time.monotonic,
     ) -> None:  # fmt: skip
         self._store, self._view, self._records = store, view, records
         self._sandboxes, self._images = sandboxes, images
         self._links, self._events, self._drains = links, event_log, drains
+        self._joining = joining
         self._lost_grace_s, self._history_s = lost_grace_s, history_s
         self._now_s, self._clock_s = now_s, clock_s
         self._lost_since_s: dict[str, float] = {}
@@ -177,6 +179,7 @@ class Reconciler:
     async def _keep_house(self) -> None:
         await self._events.prune()
         await self._drop_requests()
+        await self._joining.drop_expired()
         await self._compact()
 
     async def _drop_requests(self) -> None:

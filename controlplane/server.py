@@ -39,6 +39,7 @@ from controlplane.api.v1 import (
     tenants_pb2,
     tenants_pb2_grpc,
 )
+from controlplane.ca import Authority
 from controlplane.checkpoints import Checkpoints
 from controlplane.config import Config, load
 from controlplane.drains import Drains
@@ -46,6 +47,7 @@ from controlplane.errors import ConfigError, ControlPlaneError
 from controlplane.events import EventLog
 from controlplane.gate import Gate
 from controlplane.images import Images
+from controlplane.joining import Joining
 from controlplane.leadership import Leadership, OnlyOne
 from controlplane.pools import Pools
 from controlplane.reconciler import Reconciler
@@ -57,6 +59,7 @@ from controlplane.sandboxes import Sandboxes
 from controlplane.service_checkpoints import CheckpointsService
 from controlplane.service_hosts import HostsService, HostSyncService
 from controlplane.service_images import ImagesService
+from controlplane.service_join import HostJoinService, join_server
 from controlplane.service_pools import PoolsService
 from controlplane.service_sandboxes import SandboxesService
 from controlplane.service_streams import Streams
@@ -96,10 +99,12 @@ class ControlPlane:
         self.sandboxes = Sandboxes(store, self.view, self.records, self.images, self.tenants)
         self.pools = Pools(store, self.view, self.images, quota_of=self.tenants.quota)
         self.registry = Registry(store, self.view, self.images, config.lease_s)
+        authority = Authority.load(config.ca_dir) if config.ca_dir else None
+        self.joining = Joining(store, self.registry, authority)
         self.drains = Drains(store, self.view, self.records, self.registry)
         self.reconciler = Reconciler(
-            store, self.view, self.records, self.sandboxes, self.images, links, self.event_log, self.drains,
-            lost_grace_s=config.lost_grace_s, history_s=config.history_s,
+            store, self.view, self.records, self.sandboxes, self.images, links, self.event_log,
+            self.drains, self.joining, lost_grace_s=config.lost_grace_s, history_s=config.history_s,
         )  # fmt: skip
         self.locator = Locator(self.records, self.view)
         self.checkpoints = Checkpoints(self.sandboxes, self.locator, self.view, links, quota_of=self.tenants.quota)
@@ -115,7 +120,7 @@ class ControlPlane:
             ImagesService(self.gate, self.store, self.view, self.images, self.links), server
         )
         hosts_pb2_grpc.add_HostsServicer_to_server(
-            HostsService(self.gate, self.store, self.registry, self.view, self.drains), server
+            HostsService(self.gate, self.store, self.registry, self.view, self.drains, self.joining), server
         )
         hosts_pb2_grpc.add_HostSyncServicer_to_server(
             HostSyncService(self.gate, self.view, self.registry, self.reports, self.event_log),
@@ -147,11 +152,13 @@ async def running(config: Config, leadership: Leadership | None = None) -> Async
             asyncio.create_task(plane.view.run(), name="view"),
             asyncio.create_task(lead(plane.reconciler.run), name="reconciler"),
         ]
+        address = f"{config.listen.rpartition(':')[0]}:{port}"
         try:
             await plane.view.reached(1)
             await server.start()
             await plane.set_serving(True)
-            yield plane, f"{config.listen.rpartition(':')[0]}:{port}"
+            async with _letting_join(plane, config.advertise or address):
+                yield plane, address
         finally:
             await plane.set_serving(False)
             await plane.gate.close(STOP_GRACE_S)  # first: a server that stops drops statuses that are on their way
@@ -159,6 +166,22 @@ async def running(config: Config, leadership: Leadership | None = None) -> Async
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
+
+
+@asynccontextmanager
+async def _letting_join(plane: ControlPlane, address: str) -> AsyncIterator[None]:
+    """Hosts may join while the block runs, where the configuration says so; afterwards they reach us at `address`."""
+    config = plane.config
+    if not config.join_listen:
+        yield
+        return
+    server, port = join_server(HostJoinService(plane.joining, address), config.join_listen, config.tls)
+    plane.joining.join_address = config.join_advertise or f"{config.join_listen.rpartition(':')[0]}:{port}"
+    await server.start()
+    try:
+        yield
+    finally:
+        await server.stop(STOP_GRACE_S)
 
 
 def _bind(server: grpc.aio.Server, config: Config) -> int:

@@ -13,10 +13,12 @@ from controlplane.drains import Drains
 from controlplane.edge import hosts as edge
 from controlplane.edge import news
 from controlplane.edge import sandboxes as sandbox_edge
+from controlplane.edge.enums import timestamp
 from controlplane.edge.pools import render_assignments
 from controlplane.errors import Denied
 from controlplane.events import EventLog
 from controlplane.gate import Caller, Context, Gate
+from controlplane.joining import Joining
 from controlplane.listing import list_page
 from controlplane.membership import Standing
 from controlplane.model import Host
@@ -29,9 +31,11 @@ from controlplane.view import View
 class HostsService(hosts_pb2_grpc.HostsServicer):
     """What operators see of hosts."""
 
-    def __init__(self, gate: Gate, store: Store, registry: Registry, view: View, drains: Drains) -> None:
+    def __init__(
+        self, gate: Gate, store: Store, registry: Registry, view: View, drains: Drains, joining: Joining
+    ) -> None:
         self._gate, self._store, self._registry = gate, store, registry
-        self._view, self._drains = view, drains
+        self._view, self._drains, self._joining = view, drains, joining
 
     async def GetHost(self, request: hosts_pb2.GetHostRequest, context: Context) -> hosts_pb2.Host:
         """See hosts.proto."""
@@ -74,6 +78,13 @@ class HostsService(hosts_pb2_grpc.HostsServicer):
             name = sandbox_edge.parse_name(request.name)
             await self._registry.remove(name, force=request.force, allow_missing=request.allow_missing)
             return hosts_pb2.RemoveHostResponse()
+
+    async def CreateJoinToken(self, request: hosts_pb2.CreateJoinTokenRequest, context: Context) -> hosts_pb2.JoinToken:
+        """See hosts.proto."""
+        async with self._gate.admit(context):
+            name = sandbox_edge.parse_name(request.host, "host") if request.host else ""
+            made = await self._joining.token(name, edge.parse_lifetime_s(request.lifetime_s))
+            return hosts_pb2.JoinToken(token=made.word, id=made.id, expires_at=timestamp(made.expires_at_s))
 
     async def _change(self, name: str, to: Standing, *, force: bool = False) -> Host:
         return await self._registry.change(sandbox_edge.parse_name(name), to, force=force)

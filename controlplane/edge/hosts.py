@@ -10,6 +10,7 @@ from controlplane.api.v1 import hosts_pb2, images_pb2
 from controlplane.edge.enums import CLASSES, parse_class, seconds, timestamp
 from controlplane.edge.poolreports import parse_pool_reports, render_pool_report
 from controlplane.errors import Invalid
+from controlplane.jointokens import DEFAULT_LIFETIME_S, LONGEST_LIFETIME_S
 from controlplane.membership import Blocker, Member, Standing
 from controlplane.model import Capacity, Host, Image, ImageConfig, Layer, Resident
 
@@ -97,6 +98,13 @@ def render_host(host: Host, member: Member, *, alive: bool, blockers: Iterable[B
             for one in blockers
         ],
     )
+
+
+def parse_lifetime_s(asked_s: int) -> int:
+    """How long a join token is good for."""
+    if asked_s > LONGEST_LIFETIME_S:
+        raise Invalid("lifetime_s", f"{asked_s} s, {LONGEST_LIFETIME_S} s is the most")
+    return asked_s or DEFAULT_LIFETIME_S
 
 
 def parse_image_name(name: str, field: str) -> str:

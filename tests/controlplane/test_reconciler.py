@@ -14,6 +14,7 @@ from controlplane.drains import Drains
 from controlplane.errors import Compacted, StoreError
 from controlplane.events import EventLog
 from controlplane.images import Images
+from controlplane.joining import Joining
 from controlplane.reconciler import REQUEST_KEPT_S, Reconciler
 from controlplane.records import Records
 from controlplane.registry import Registry
@@ -45,6 +46,7 @@ async def keeping(path: Path, clock: Clock) -> AsyncIterator[tuple[Store, View, 
         log, registry = EventLog(store), Registry(store, view, images, 1)
         yield store, view, Reconciler(
             store, view, records, sandboxes, images, links, log, Drains(store, view, records, registry),
+            Joining(store, registry, None),
             lost_grace_s=1, history_s=100, now_s=clock, clock_s=clock,
         )  # fmt: skip
 

@@ -67,6 +67,11 @@ class HostsStub:
                 request_serializer=controlplane_dot_api_dot_v1_dot_hosts__pb2.RemoveHostRequest.SerializeToString,
                 response_deserializer=controlplane_dot_api_dot_v1_dot_hosts__pb2.RemoveHostResponse.FromString,
                 _registered_method=True)
+        self.CreateJoinToken = channel.unary_unary(
+                '/sandloom.v1.Hosts/CreateJoinToken',
+                request_serializer=controlplane_dot_api_dot_v1_dot_hosts__pb2.CreateJoinTokenRequest.SerializeToString,
+                response_deserializer=controlplane_dot_api_dot_v1_dot_hosts__pb2.JoinToken.FromString,
+                _registered_method=True)
 
 
 class HostsServicer:
@@ -118,6 +123,14 @@ class HostsServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def CreateJoinToken(self, request, context):
+        """A word by which one host may join, once, until it expires. Not idempotent: each call gives another one. The fabric
+        keeps a hash of it only. Errors: FAILED_PRECONDITION (NoAuthority: this control plane signs no certificates).
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_HostsServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -150,6 +163,11 @@ def add_HostsServicer_to_server(servicer, server):
                     servicer.RemoveHost,
                     request_deserializer=controlplane_dot_api_dot_v1_dot_hosts__pb2.RemoveHostRequest.FromString,
                     response_serializer=controlplane_dot_api_dot_v1_dot_hosts__pb2.RemoveHostResponse.SerializeToString,
+            ),
+            'CreateJoinToken': grpc.unary_unary_rpc_method_handler(
+                    servicer.CreateJoinToken,
+                    request_deserializer=controlplane_dot_api_dot_v1_dot_hosts__pb2.CreateJoinTokenRequest.FromString,
+                    response_serializer=controlplane_dot_api_dot_v1_dot_hosts__pb2.JoinToken.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -314,6 +332,112 @@ class Hosts:
             '/sandloom.v1.Hosts/RemoveHost',
             controlplane_dot_api_dot_v1_dot_hosts__pb2.RemoveHostRequest.SerializeToString,
             controlplane_dot_api_dot_v1_dot_hosts__pb2.RemoveHostResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def CreateJoinToken(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/sandloom.v1.Hosts/CreateJoinToken',
+            controlplane_dot_api_dot_v1_dot_hosts__pb2.CreateJoinTokenRequest.SerializeToString,
+            controlplane_dot_api_dot_v1_dot_hosts__pb2.JoinToken.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+
+class HostJoinStub:
+    """Served where hosts join (join_listen), to callers that have no certificate yet; nothing else is served there.
+    """
+
+    def __init__(self, channel):
+        """Constructor.
+
+        Args:
+            channel: A grpc.Channel.
+        """
+        self.JoinHost = channel.unary_unary(
+                '/sandloom.v1.HostJoin/JoinHost',
+                request_serializer=controlplane_dot_api_dot_v1_dot_hosts__pb2.JoinHostRequest.SerializeToString,
+                response_deserializer=controlplane_dot_api_dot_v1_dot_hosts__pb2.JoinHostResponse.FromString,
+                _registered_method=True)
+
+
+class HostJoinServicer:
+    """Served where hosts join (join_listen), to callers that have no certificate yet; nothing else is served there.
+    """
+
+    def JoinHost(self, request, context):
+        """Spends a token and signs the host's key, which never leaves the host. Not idempotent: the token is spent, and a
+        lost answer takes another one. Afterwards: the host may speak for its name with this certificate, and with no other.
+        Errors: PERMISSION_DENIED (TokenRefused: unknown, spent, expired, or for another name), INVALID_ARGUMENT (the
+        signing request), ALREADY_EXISTS (there is a host of that name, and the token does not name it).
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+
+def add_HostJoinServicer_to_server(servicer, server):
+    rpc_method_handlers = {
+            'JoinHost': grpc.unary_unary_rpc_method_handler(
+                    servicer.JoinHost,
+                    request_deserializer=controlplane_dot_api_dot_v1_dot_hosts__pb2.JoinHostRequest.FromString,
+                    response_serializer=controlplane_dot_api_dot_v1_dot_hosts__pb2.JoinHostResponse.SerializeToString,
+            ),
+    }
+    generic_handler = grpc.method_handlers_generic_handler(
+            'sandloom.v1.HostJoin', rpc_method_handlers)
+    server.add_generic_rpc_handlers((generic_handler,))
+    server.add_registered_method_handlers('sandloom.v1.HostJoin', rpc_method_handlers)
+
+
+ # This class is part of an EXPERIMENTAL API.
+class HostJoin:
+    """Served where hosts join (join_listen), to callers that have no certificate yet; nothing else is served there.
+    """
+
+    @staticmethod
+    def JoinHost(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/sandloom.v1.HostJoin/JoinHost',
+            controlplane_dot_api_dot_v1_dot_hosts__pb2.JoinHostRequest.SerializeToString,
+            controlplane_dot_api_dot_v1_dot_hosts__pb2.JoinHostResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -56,6 +56,10 @@ class HostsStub:
     allow_missing. What it still had is replaced elsewhere or FAILED, as its restart policy says; a removed host that
     still runs ends what it has. Errors: NOT_FOUND, FAILED_PRECONDITION (HostHolds: sandboxes live there, without force).
     """
+    CreateJoinToken: _grpc.UnaryUnaryMultiCallable[_hosts_pb2.CreateJoinTokenRequest, _hosts_pb2.JoinToken]
+    """A word by which one host may join, once, until it expires. Not idempotent: each call gives another one. The fabric
+    keeps a hash of it only. Errors: FAILED_PRECONDITION (NoAuthority: this control plane signs no certificates).
+    """
 
 @_typing.type_check_only
 class HostsAsyncStub(HostsStub):
@@ -77,6 +81,10 @@ class HostsAsyncStub(HostsStub):
     """Forgets a host and refuses its certificates from then on; the name may join again with a new token. Idempotent with
     allow_missing. What it still had is replaced elsewhere or FAILED, as its restart policy says; a removed host that
     still runs ends what it has. Errors: NOT_FOUND, FAILED_PRECONDITION (HostHolds: sandboxes live there, without force).
+    """
+    CreateJoinToken: _aio.UnaryUnaryMultiCallable[_hosts_pb2.CreateJoinTokenRequest, _hosts_pb2.JoinToken]  # type: ignore[assignment]
+    """A word by which one host may join, once, until it expires. Not idempotent: each call gives another one. The fabric
+    keeps a hash of it only. Errors: FAILED_PRECONDITION (NoAuthority: this control plane signs no certificates).
     """
 
 class HostsServicer(metaclass=_abc_1.ABCMeta):
@@ -134,7 +142,60 @@ class HostsServicer(metaclass=_abc_1.ABCMeta):
         still runs ends what it has. Errors: NOT_FOUND, FAILED_PRECONDITION (HostHolds: sandboxes live there, without force).
         """
 
+    @_abc_1.abstractmethod
+    def CreateJoinToken(
+        self,
+        request: _hosts_pb2.CreateJoinTokenRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_hosts_pb2.JoinToken, _abc.Awaitable[_hosts_pb2.JoinToken]]:
+        """A word by which one host may join, once, until it expires. Not idempotent: each call gives another one. The fabric
+        keeps a hash of it only. Errors: FAILED_PRECONDITION (NoAuthority: this control plane signs no certificates).
+        """
+
 def add_HostsServicer_to_server(servicer: HostsServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
+
+class HostJoinStub:
+    """Served where hosts join (join_listen), to callers that have no certificate yet; nothing else is served there."""
+
+    @_typing.overload
+    def __new__(cls, channel: _grpc.Channel) -> _Self: ...
+    @_typing.overload
+    def __new__(cls, channel: _aio.Channel) -> HostJoinAsyncStub: ...
+    JoinHost: _grpc.UnaryUnaryMultiCallable[_hosts_pb2.JoinHostRequest, _hosts_pb2.JoinHostResponse]
+    """Spends a token and signs the host's key, which never leaves the host. Not idempotent: the token is spent, and a
+    lost answer takes another one. Afterwards: the host may speak for its name with this certificate, and with no other.
+    Errors: PERMISSION_DENIED (TokenRefused: unknown, spent, expired, or for another name), INVALID_ARGUMENT (the
+    signing request), ALREADY_EXISTS (there is a host of that name, and the token does not name it).
+    """
+
+@_typing.type_check_only
+class HostJoinAsyncStub(HostJoinStub):
+    """Served where hosts join (join_listen), to callers that have no certificate yet; nothing else is served there."""
+
+    def __init__(self, channel: _aio.Channel) -> None: ...
+    JoinHost: _aio.UnaryUnaryMultiCallable[_hosts_pb2.JoinHostRequest, _hosts_pb2.JoinHostResponse]  # type: ignore[assignment]
+    """Spends a token and signs the host's key, which never leaves the host. Not idempotent: the token is spent, and a
+    lost answer takes another one. Afterwards: the host may speak for its name with this certificate, and with no other.
+    Errors: PERMISSION_DENIED (TokenRefused: unknown, spent, expired, or for another name), INVALID_ARGUMENT (the
+    signing request), ALREADY_EXISTS (there is a host of that name, and the token does not name it).
+    """
+
+class HostJoinServicer(metaclass=_abc_1.ABCMeta):
+    """Served where hosts join (join_listen), to callers that have no certificate yet; nothing else is served there."""
+
+    @_abc_1.abstractmethod
+    def JoinHost(
+        self,
+        request: _hosts_pb2.JoinHostRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_hosts_pb2.JoinHostResponse, _abc.Awaitable[_hosts_pb2.JoinHostResponse]]:
+        """Spends a token and signs the host's key, which never leaves the host. Not idempotent: the token is spent, and a
+        lost answer takes another one. Afterwards: the host may speak for its name with this certificate, and with no other.
+        Errors: PERMISSION_DENIED (TokenRefused: unknown, spent, expired, or for another name), INVALID_ARGUMENT (the
+        signing request), ALREADY_EXISTS (there is a host of that name, and the token does not name it).
+        """
+
+def add_HostJoinServicer_to_server(servicer: HostJoinServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
 
 class HostSyncStub:
     @_typing.overload

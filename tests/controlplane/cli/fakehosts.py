@@ -13,6 +13,7 @@ class FakeHosts(hosts_pb2_grpc.HostsServicer):
     def __init__(self) -> None:
         super().__init__()
         self.hosts: dict[str, hosts_pb2.Host] = {}
+        self.tokens: list[hosts_pb2.CreateJoinTokenRequest] = []
         self.stuck: dict[str, hosts_pb2.DrainBlocker] = {}
 
     def GetHost(self, request: Any, context: Any) -> hosts_pb2.Host:
@@ -37,6 +38,10 @@ class FakeHosts(hosts_pb2_grpc.HostsServicer):
     def RemoveHost(self, request: Any, context: Any) -> hosts_pb2.RemoveHostResponse:
         del self.hosts[request.name]
         return hosts_pb2.RemoveHostResponse()
+
+    def CreateJoinToken(self, request: Any, context: Any) -> hosts_pb2.JoinToken:
+        self.tokens.append(request)
+        return hosts_pb2.JoinToken(token="sandloom-join-x", id="x")
 
     def _become(self, name: str, state: hosts_pb2.HostState.ValueType) -> hosts_pb2.Host:
         host = self.hosts[name]
