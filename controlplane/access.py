@@ -25,6 +25,7 @@ TABLE: Mapping[str, frozenset[Role]] = {
     **_all(
         "Sandboxes", USERS, "CreateSandbox", "GetSandbox", "ListSandboxes", "WatchSandboxes", "ResizeSandbox",
         "StopSandbox", "DeleteSandbox", "AttachSandbox", "ExecSandbox", "GetLogs", "GetSharingLedger", "WatchEvents",
+        "ExplainSandbox",
     ),
     **_all("Images", USERS, "ImportImage", "GetImage", "ListImages", "DeleteImage"),
     **_all("Pools", USERS, "CreatePool", "GetPool", "ListPools", "ResizePool", "DeletePool"),

@@ -9,6 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from enum import Enum
 
+from controlplane.rules import NO_RULES, Pair, Rules
+
 REVISION = {"stored": False}
 """Marks a field that the store's codec leaves out."""
 
@@ -102,6 +104,7 @@ class SandboxSpec:
     cold: bool = False
     checkpoint: str = ""  # the id of what it goes on from
     restart: RestartPolicy = RestartPolicy.NEVER
+    rules: Rules = NO_RULES
 
 
 @dataclass(frozen=True)
@@ -144,6 +147,21 @@ class LayerSize:
 
 
 @dataclass(frozen=True)
+class Placed:
+    """Why a sandbox is where it is: what spoke for its host when it was placed, which nobody can find out later.
+    `revision` is the store's at the time; `hosts` how many there were; `parts` are (what, why) for people."""
+
+    host: str
+    revision: int
+    hosts: int
+    marginal_mib: int
+    shared_mib: int
+    charge_mib: int
+    pool: str = ""
+    parts: tuple[tuple[str, str], ...] = ()
+
+
+@dataclass(frozen=True)
 class Sandbox:
     """The record of one sandbox. `host` is empty while it has none; `vcpus` is the ceiling of its CPU. `leaving`: the
     host that has to end it at `leaving_epoch` before it may begin anew elsewhere."""
@@ -162,6 +180,7 @@ class Sandbox:
     stop_grace_s: int = 10
     leaving: str = ""
     leaving_epoch: int = 0
+    placed: Placed | None = None
     revision: int = field(default=0, metadata=REVISION)
 
 
@@ -311,6 +330,9 @@ class Host:
     pools: tuple[HostPool, ...] = ()
     kernel_features: tuple[str, ...] = ()
     resident: tuple[Resident, ...] = ()
+    labels: tuple[Pair, ...] = ()
+    taints: tuple[Pair, ...] = ()
+    smt: bool = False  # two tenants may share a core by hyperthreads
     revision: int = field(default=0, metadata=REVISION)
 
 

@@ -70,7 +70,7 @@ def spread(pool: Pool, hosts: Iterable[HostState], *, image_bound: bool) -> Spre
         return Spread({})
     if not image_bound:
         return Spread({}, f"image {spec.image} has been removed or bound anew: remove the pool and make it again")
-    able = [host for host in hosts if host.ready and spec.sandbox_class in host.classes]
+    able = [host for host in hosts if host.traits.takes_new and spec.sandbox_class in host.classes]
     able = [host for host in able if (pool.tenant, spec.image_digest) in host.images]
     if not able:
         return Spread({}, f"no READY host holds image {spec.image} and offers {spec.sandbox_class.value}")

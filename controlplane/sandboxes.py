@@ -13,8 +13,9 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 
-from controlplane import codec, keys, lifecycle, names, scheduler, transitions
+from controlplane import codec, keys, lifecycle, names, placing, scheduler, transitions
 from controlplane.errors import AlreadyExists, Conflict, Exhausted, Invalid, NotFound, Precondition
+from controlplane.explaining import Explanation, explain
 from controlplane.images import Images
 from controlplane.model import Checkpoint, DesiredState, LayerSize, Phase, Sandbox, SandboxStatus
 from controlplane.quotas import UNBOUNDED, require_within
@@ -164,29 +165,11 @@ class Sandboxes:
     # Placing.
 
     def _place(self, sandbox: Sandbox, *, only: str = "") -> tuple[Sandbox, list[Expect]]:
-        """The sandbox as the present view places it, with the guards of that; PENDING when it may wait. Exhausted. On
-        host `only` or nowhere, when that is given: then it does not wait."""
-        view = self._view
-        hosts = [host for host in view.survey() if only in ("", host.name)]
-        demand = scheduler.Demand.of(sandbox)
-        decision = scheduler.place(demand, hosts)
-        if decision.placement is not None:
-            host = decision.placement.host
-            guard = Expect(keys.placement(host), view.placements.get(host, 0))
-            pool = decision.placement.pool
-            why = f"it has a ready member of pool {pool}" if pool else ""
-            return transitions.scheduled(sandbox, host, max(view.revision, sandbox.epoch + 1), why=why), [guard]
-        if decision.may_wait and not only:
-            why = scheduler.summary(decision.refusals) or "no host has registered yet"
-            return replace(sandbox, status=SandboxStatus(reason="NoHost", message=f"waiting for a host: {why}")), []
-        room = max((host.room_mib for host in hosts if host.ready), default=0)
-        raise Exhausted(
-            "NoHostHasRoom",
-            f"no host can take sandbox {sandbox.name}: {scheduler.summary(decision.refusals)}",
-            needed_mib=sandbox.spec.resources.memory_min_mib,
-            most_room_mib=max(0, room),
-            **{f"hosts_{reason}": count for reason, count in scheduler.by_reason(decision.refusals).items()},
-        )
+        return placing.placed(self._view, sandbox, only=only)
+
+    def explain(self, sandbox: Sandbox, *, most: int) -> Explanation:
+        """Why it is where it is, or what hosts lack for it, by the present view."""
+        return explain(sandbox, self._view.survey(), most=most)
 
     async def _commit_placed(self, placed: Sandbox, writes: list[Write], expect: list[Expect]) -> int:
         if placed.host:
@@ -204,6 +187,8 @@ class Sandboxes:
     async def place_pending(self, sandbox: Sandbox) -> bool:
         """Places a PENDING sandbox if the present view has room for it; whether it did."""
         async with self._placing:
+            if placing.still_hopeless(self._view, sandbox):
+                return False
             try:
                 placed, guards = self._place(sandbox)
             except Exhausted as error:

@@ -9,8 +9,10 @@ from controlplane import keys, lifecycle, watching
 from controlplane.api.v1 import sandboxes_pb2, sandboxes_pb2_grpc
 from controlplane.edge import news
 from controlplane.edge import sandboxes as edge
+from controlplane.edge.rules import parse_most, render_explanation
 from controlplane.errors import Invalid
 from controlplane.events import EventLog
+from controlplane.explaining import for_tenant
 from controlplane.gate import Caller, Context, Gate
 from controlplane.listing import list_page
 from controlplane.model import Event, Sandbox
@@ -97,6 +99,15 @@ class SandboxesService(StreamMethods, sandboxes_pb2_grpc.SandboxesServicer):
                 caller.tenant, edge.parse_name(request.name), force=request.force, allow_missing=request.allow_missing
             )
             return sandboxes_pb2.DeleteSandboxResponse()
+
+    async def ExplainSandbox(
+        self, request: sandboxes_pb2.ExplainSandboxRequest, context: Context
+    ) -> sandboxes_pb2.Explanation:
+        """See sandboxes.proto."""
+        async with self._gate.admit(context) as caller:
+            sandbox = await self._records.get(caller.tenant, edge.parse_name(request.name))
+            explained = self._sandboxes.explain(sandbox, most=parse_most(request))
+            return render_explanation(explained if caller.is_operator else for_tenant(explained))
 
     async def WatchEvents(
         self, request: sandboxes_pb2.WatchEventsRequest, context: Context

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from typing import TypeVar
 
 from controlplane import codec, keys, lifecycle, scheduler
+from controlplane.census import Census
 from controlplane.errors import BadState, Compacted, StoreError
 from controlplane.membership import Member
 from controlplane.model import Host, Image, Pool, Residency, Sandbox
@@ -75,7 +76,8 @@ class View:
         self.open_ends: set[str] = set()  # uids of sandboxes that the reconciler may have to do something for
         self._leaving: dict[str, dict[str, Sandbox]] = {}
         self._by_host: dict[str, dict[str, Sandbox]] = {}
-        self._surveyed: dict[str, tuple[Host, bool, HostState]] = {}
+        self._held: dict[str, dict[str, Residency]] = {}  # by host and key
+        self.census = Census(self._host_state)
         self.images: dict[str, Image] = {}  # by key
         self.residency: dict[str, Residency] = {}  # by key
         self.placements: dict[str, int] = {}  # mod_revision of the guard, by host
@@ -137,17 +139,15 @@ class View:
         return self.members.get(host) or Member(host)
 
     def survey(self) -> list[HostState]:
-        """The hosts as the scheduler sees them, by name. Only those that something changed on are counted anew."""
-        states = []
-        for name, host in sorted(self.hosts.items()):
-            ready = name in self.alive and self.member(name).takes_new
-            known = self._surveyed.get(name)
-            if known is None or known[0] is not host or known[1] is not ready:
-                held = (residency for residency in self.residency.values() if residency.host == name)
-                state = scheduler.host_state(host, ready, self._by_host.get(name, {}).values(), held)
-                known = self._surveyed[name] = (host, ready, state)
-            states.append(known[2])
-        return states
+        """The hosts as the scheduler sees them, by name."""
+        return self.census.states()
+
+    def _host_state(self, name: str) -> HostState | None:
+        host = self.hosts.get(name)
+        if host is None:
+            return None
+        there, held = self._by_host.get(name, {}).values(), self._held.get(name, {}).values()
+        return scheduler.host_state(host, name in self.alive, there, held, cordoned=not self.member(name).takes_new)
 
     def pool_of_member(self, uid: str) -> Pool | None:
         """The pool that a row of the ledger is a member of: hosts name members pool-<uid of the pool>-<number>."""
@@ -175,8 +175,9 @@ class View:
             table.clear()
         self.alive.clear()
         before, self.sandboxes = self.sandboxes, {}
-        for index in (self._by_host, self._leaving, self._surveyed):
+        for index in (self._by_host, self._leaving, self._held):
             index.clear()
+        self.census.clear()
         self.open_ends.clear()
         for record in records:
             self._put(record.key, record.value, record.mod_revision)
@@ -207,23 +208,26 @@ class View:
                 self._set_sandbox(codec.decode(Sandbox, value, key, revision=revision))
             elif key.startswith(keys.HOSTS):
                 self.hosts[key.removeprefix(keys.HOSTS)] = codec.decode(Host, value, key, revision=revision)
+                self.census.touch(key.removeprefix(keys.HOSTS))
             elif key.startswith(keys.IMAGES):
                 self.images[key] = codec.decode(Image, value, key, revision=revision)
             elif key.startswith(keys.POOLS):
                 self.pools[key] = codec.decode(Pool, value, key, revision=revision)
             elif key.startswith(keys.MEMBERS):
                 self.members[key.removeprefix(keys.MEMBERS)] = codec.decode(Member, value, key, revision=revision)
+                self.census.touch(key.removeprefix(keys.MEMBERS))
             elif key.startswith(keys.TENANTS):
                 self.tenants[key.removeprefix(keys.TENANTS)] = codec.decode(Tenant, value, key, revision=revision)
             elif key.startswith(keys.RESIDENCY):
                 held = codec.decode(Residency, value, key)
-                self.residency[key] = held
-                self._surveyed.pop(held.host, None)
+                self.residency[key] = self._held.setdefault(held.host, {})[key] = held
+                self.census.touch(held.host)
         except BadState as error:  # one bad record must not blind the control plane to all the others
             log.error("%s", error)
             return
         if key.startswith(keys.ALIVE):
             self.alive.add(key.removeprefix(keys.ALIVE))
+            self.census.touch(key.removeprefix(keys.ALIVE))
         elif key.startswith(keys.PLACEMENTS):
             self.placements[key.removeprefix(keys.PLACEMENTS)] = revision
 
@@ -234,12 +238,15 @@ class View:
             self._mark(uid)
         elif key.startswith(keys.HOSTS):
             self.hosts.pop(key.removeprefix(keys.HOSTS), None)
+            self.census.touch(key.removeprefix(keys.HOSTS))
         elif key.startswith(keys.ALIVE):
             self.alive.discard(key.removeprefix(keys.ALIVE))
+            self.census.touch(key.removeprefix(keys.ALIVE))
         elif key.startswith(keys.PLACEMENTS):
             self.placements.pop(key.removeprefix(keys.PLACEMENTS), None)
         elif key.startswith(keys.MEMBERS):
             self.members.pop(key.removeprefix(keys.MEMBERS), None)
+            self.census.touch(key.removeprefix(keys.MEMBERS))
         elif key.startswith(keys.TENANTS):
             self.tenants.pop(key.removeprefix(keys.TENANTS), None)
         else:
@@ -247,14 +254,18 @@ class View:
             self.pools.pop(key, None)
             held = self.residency.pop(key, None)
             if held is not None:
-                self._surveyed.pop(held.host, None)
+                there = self._held[held.host]
+                del there[key]
+                if not there:
+                    del self._held[held.host]
+                self.census.touch(held.host)
 
     def _set_sandbox(self, sandbox: Sandbox) -> None:
         self._drop_sandbox(sandbox.uid)
         self.sandboxes[sandbox.uid] = sandbox
         if sandbox.host:
             self._by_host.setdefault(sandbox.host, {})[sandbox.uid] = sandbox
-            self._surveyed.pop(sandbox.host, None)
+            self.census.touch(sandbox.host)
         if sandbox.leaving:
             self._leaving.setdefault(sandbox.leaving, {})[sandbox.uid] = sandbox
         if lifecycle.is_open_ended(sandbox):
@@ -271,4 +282,4 @@ class View:
             del there[uid]
             if not there:
                 del self._by_host[sandbox.host]
-            self._surveyed.pop(sandbox.host, None)
+            self.census.touch(sandbox.host)

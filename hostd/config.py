@@ -6,6 +6,8 @@ accel = "auto" | "kvm" | "tcg"      memory_reserve_mib   disk_reserve_mib
 cache_dir                           packages and probe verdicts, shared by all hostds of a machine
 cgroup = "sandloom"                 the folder for its sandboxes' cgroups; hostds of one machine have one each
 scrub_interval_s                    how often every blob in the store is hashed again
+labels = ["zone=eu", "ssd"]         what sandboxes' affinity and spread go by: KEY or KEY=VALUE
+taints = ["gpu"]                    what keeps away every sandbox that does not tolerate it
 boot_deadline_s                     how long a guest may take to its agent's first answer
 """
 
@@ -24,6 +26,7 @@ from hostd.errors import ConfigError
 DRIVERS = ("qemu", "fake")
 ACCELS = ("auto", "kvm", "tcg")
 _CGROUP = re.compile(r"[a-z0-9][a-z0-9.-]{0,63}")
+_PAIR = re.compile(r"[A-Za-z0-9]([A-Za-z0-9._/-]{0,61}[A-Za-z0-9])?(=[A-Za-z0-9]([A-Za-z0-9._-]{0,61}[A-Za-z0-9])?)?")
 _ADDRESS = re.compile(r"(\[[0-9a-fA-F:]+\]|[^\s:]+):[0-9]{1,5}")
 
 
@@ -47,6 +50,8 @@ class Config:
     cgroup: str = SLICE
     boot_deadline_s: float = 120.0
     scrub_interval_s: float = 86_400.0
+    labels: tuple[str, ...] = ()
+    taints: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         for key, value, choices in (("driver", self.driver, DRIVERS), ("accel", self.accel, ACCELS)):
@@ -59,6 +64,10 @@ class Config:
         for key, address in (("listen", self.listen), ("controlplane", self.controlplane)):
             if not _ADDRESS.fullmatch(address):
                 raise ConfigError(f"{key} {address!r} is not HOST:PORT")
+        for key, texts in (("labels", self.labels), ("taints", self.taints)):
+            for text in texts:
+                if not _PAIR.fullmatch(text):
+                    raise ConfigError(f"{key}: {text!r} is neither KEY nor KEY=VALUE of letters, digits and . _ - /")
         if self.scrub_interval_s < 60:
             raise ConfigError(f"scrub_interval_s {self.scrub_interval_s} is below 60 seconds")
         if not 0 < self.boot_deadline_s <= 3600:
@@ -96,6 +105,8 @@ def _typed(name: str, kind: str, value: Any, source: str) -> Any:
         return value
     if kind == "str" and isinstance(value, str):
         return value
+    if kind == "tuple[str, ...]" and isinstance(value, list) and all(isinstance(part, str) for part in value):
+        return tuple(value)
     raise ConfigError(f"{source}: {name} = {value!r} is not a valid {kind}")
 
 

@@ -36,6 +36,7 @@ from hostd import doctor, features
 from hostd.admission import GUEST_OVERHEAD_MIB, reserved_mib
 from hostd.authority import OnlyControlPlane
 from hostd.config import Config, load
+from hostd.cpu import smt_is_on
 from hostd.drivers.choice import Chosen, choose
 from hostd.edge import render_classes
 from hostd.errors import HostdError
@@ -98,6 +99,9 @@ class Server:
                 for kind, count, size_bytes in await asyncio.to_thread(features.resident, self.store.objects)
             ],
             pools=[render_report(status) for status in self.sandboxes.pools.status()],
+            labels=dict(text.partition("=")[::2] for text in self.config.labels),
+            taints=self.config.taints,
+            smt=smt_is_on(),
         )
 
     async def run(self, stop: asyncio.Event) -> None:

@@ -9,6 +9,7 @@ from controlplane.cli import (
     dev,
     doctor,
     events,
+    explain,
     hosts,
     images,
     logs,
@@ -53,6 +54,7 @@ ALL: tuple[AnyCommand, ...] = (
     sandboxes.WAIT,
     share.COMMAND,
     hosts.COMMAND,
+    explain.COMMAND,
     events.COMMAND,
     version.COMMAND,
 )

@@ -7,10 +7,11 @@ import asyncio
 import os
 import sys
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
+from controlplane import rules
 from controlplane.api.status import Condition
 from controlplane.api.v1 import sandboxes_pb2
 from controlplane.cli import attachment, lookup, sizes
@@ -54,6 +55,10 @@ class RunOptions:
     remove: bool = False
     cold: bool = False
     request_id: str = ""
+    affinity: tuple[str, ...] = ()
+    tolerations: tuple[str, ...] = ()
+    spread: str = ""
+    trust: tuple[str, ...] = ()
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -68,7 +73,37 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rm", dest="remove", action="store_true", help="remove it once it has ended")
     parser.add_argument("--cold", action="store_true", help="boot it, even where a template could be cloned")
     parser.add_argument("--request-id", default="", metavar="ID", help="the same ID again gives the same sandbox")
+    where = parser.add_argument_group("where it may go")
+    where.add_argument(
+        "--affinity", action="append", default=[], metavar="K=V", type=_rule(rules.parse_affinity),
+        help="a host's label must be so: zone=eu, zone!=eu, ssd, '!ssd'; may be given again",
+    )  # fmt: skip
+    where.add_argument(
+        "--tolerate", action="append", default=[], metavar="K[=V]", type=_rule(rules.parse_pair),
+        help="go to hosts with this taint, too",
+    )  # fmt: skip
+    where.add_argument(
+        "--spread", default=None, metavar="K[:N]", type=_rule(rules.parse_spread),
+        help="spread those of one label app (or image) over hosts, or over a label's values; at most N apart",
+    )  # fmt: skip
+    where.add_argument(
+        "--trust", action="append", default=[], choices=rules.TRUST_WORDS,
+        help="only hosts without hyperthreads, with KVM, or with no other tenant's sandboxes",
+    )  # fmt: skip
     add_process_options(parser)
+
+
+def _rule(parse: Callable[[str], object]) -> Callable[[str], str]:
+    """The text, if it is right; argparse tells of an ArgumentTypeError as it is."""
+
+    def checked(text: str) -> str:
+        try:
+            parse(text)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(str(error)) from error
+        return text
+
+    return checked
 
 
 def parse(namespace: argparse.Namespace) -> RunOptions:
@@ -85,6 +120,10 @@ def parse(namespace: argparse.Namespace) -> RunOptions:
         remove=namespace.remove,
         cold=namespace.cold,
         request_id=namespace.request_id,
+        affinity=tuple(namespace.affinity),
+        tolerations=tuple(namespace.tolerate),
+        spread=namespace.spread or "",
+        trust=tuple(dict.fromkeys(namespace.trust)),
     )
 
 
@@ -93,7 +132,7 @@ def spec_of(options: RunOptions, size: tuple[int, int] | None) -> sandboxes_pb2.
     resources = sandboxes_pb2.Resources(
         memory_min_mib=options.memory.min_mib, memory_max_mib=options.memory.max_mib, cpu_milli=options.cpu_milli
     )
-    return sandboxes_pb2.SandboxSpec(
+    spec = sandboxes_pb2.SandboxSpec(
         image=options.image,
         **{"class": options.sandbox_class},  # type: ignore[arg-type]
         resources=resources,
@@ -103,6 +142,12 @@ def spec_of(options: RunOptions, size: tuple[int, int] | None) -> sandboxes_pb2.
         labels=options.labels,
         hostname=options.hostname,
     )
+    where = sandboxes_pb2.PlacementRules(
+        affinity=options.affinity, tolerations=options.tolerations, spread=options.spread, trust=options.trust
+    )
+    if where.ByteSize():
+        spec.rules.CopyFrom(where)
+    return spec
 
 
 def act(options: RunOptions, shell: Shell) -> int:
@@ -275,6 +320,7 @@ COMMAND = Command(
         "sandloom run --rm debian -- sh -c 'echo hello; exit 3'",
         "sandloom run --rm -it debian -- bash",
         "sandloom run -d --name web --memory 256M:1G --cpus 2 debian -- python3 -m http.server",
+        "sandloom run -d --label app=web --spread zone --affinity ssd --trust no-smt debian -- sleep 60",
         "cat data | sandloom run --rm -i debian -- sha256sum",
     ),
     takes_command=True,

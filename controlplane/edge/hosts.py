@@ -9,10 +9,12 @@ from controlplane.api.identity import NAME_PATTERN
 from controlplane.api.v1 import hosts_pb2, images_pb2
 from controlplane.edge.enums import CLASSES, parse_class, seconds, timestamp
 from controlplane.edge.poolreports import parse_pool_reports, render_pool_report
+from controlplane.edge.rules import parse_labels, parse_taints
 from controlplane.errors import Invalid
 from controlplane.jointokens import DEFAULT_LIFETIME_S, LONGEST_LIFETIME_S
 from controlplane.membership import Blocker, Member, Standing
 from controlplane.model import Capacity, Host, Image, ImageConfig, Layer, Resident
+from controlplane.rules import text_of
 
 DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
 IMAGE_NAME = re.compile(r"[a-z0-9]([a-z0-9._/:-]{0,126}[a-z0-9])?")
@@ -49,6 +51,9 @@ def parse_host(message: hosts_pb2.Host, now_s: float) -> Host:
         pools=parse_pool_reports(message.pools),
         kernel_features=tuple(feature[:64] for feature in message.kernel_features[:64]),
         resident=tuple(Resident(one.kind[:32], one.count, one.bytes) for one in message.resident[:16]),
+        labels=parse_labels("host.labels", message.labels),
+        taints=parse_taints("host.taints", message.taints),
+        smt=message.smt,
     )  # fmt: skip
 
 
@@ -97,6 +102,9 @@ def render_host(host: Host, member: Member, *, alive: bool, blockers: Iterable[B
             )
             for one in blockers
         ],
+        labels=dict(host.labels),
+        taints=[text_of(taint) for taint in host.taints],
+        smt=host.smt,
     )
 
 

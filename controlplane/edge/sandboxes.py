@@ -24,9 +24,11 @@ from controlplane.edge.enums import (
     timestamp,
 )
 from controlplane.edge.enums import seconds as seconds_of
+from controlplane.edge.rules import parse_rules, render_rules
 from controlplane.errors import Invalid
 from controlplane.model import DesiredState, Process, Resize, Resources, Sandbox, SandboxSpec, SandboxStatus
 from controlplane.requests import Creation, Report, ResizeWish
+from controlplane.rules import NO_RULES
 
 MAX_MEMORY_MIB = 1 << 30
 MAX_CPU_MILLI = 64_000
@@ -74,6 +76,7 @@ def parse_spec(spec: sandboxes_pb2.SandboxSpec) -> SandboxSpec:
         labels=_words("spec.labels", spec.labels),
         hostname=spec.hostname,
         restart=parse_restart(spec.restart, "spec.restart"),
+        rules=parse_rules(spec.rules),
     )
 
 
@@ -237,6 +240,8 @@ def render_spec(spec: SandboxSpec) -> sandboxes_pb2.SandboxSpec:
         restart=RESTARTS[spec.restart],
     )
     setattr(message, "class", CLASSES[spec.sandbox_class])
+    if spec.rules != NO_RULES:
+        message.rules.CopyFrom(render_rules(spec.rules))
     return message
 
 

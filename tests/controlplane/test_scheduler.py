@@ -21,7 +21,8 @@ from controlplane.model import (
     SandboxSpec,
     SandboxStatus,
 )
-from controlplane.scheduler import Demand, HostState
+from controlplane.rules import Rules, Spread, parse_affinity, parse_trust
+from controlplane.scheduler import Demand, HostState, Policy
 
 few = settings(max_examples=40, deadline=None)
 GUEST = SandboxClass.GUEST_KERNEL
@@ -120,7 +121,7 @@ def test_the_choice_is_the_cheapest_of_those_that_fit(wanted: Demand, hosts: lis
     if fit:
         assert decision.placement is not None
         chosen = next(host for host in fit if host.name == decision.placement.host)
-        assert scheduler.cost(wanted, chosen) == min(scheduler.cost(wanted, host) for host in fit)
+        assert scheduler.score(wanted, chosen) == min(scheduler.score(wanted, host) for host in fit)
     else:
         assert decision.placement is None
 
@@ -166,10 +167,69 @@ def test_marginal_memory_is_guarantee_overhead_and_the_layers_nobody_maps_there(
     assert scheduler.marginal_mib(two, host_state()) == 256 + 64 + 111  # a part of a MiB counts whole
 
 
-def test_sandboxes_of_one_image_gather_until_another_host_is_the_cheaper_one() -> None:
+def test_sandboxes_of_one_image_gather_until_their_host_would_be_strained() -> None:
     mapped = frozenset({("t", "base"), ("t", "one")})
-    assert _choice(host_state("a"), host_state("b", mapped_layers=mapped)) == "b"
-    assert _choice(host_state("a"), host_state("b", mapped_layers=mapped, promised_mib=3000)) == "a"
+    there = host_state("b", mapped_layers=mapped, mapped_mib=150, promised_mib=3000, ceilings_mib=3000)
+    assert _choice(host_state("a"), there) == "b"
+    assert _choice(host_state("a"), replace(there, cpu_asked_milli=3500)) == "a"  # more CPU asked than there is
+    assert _choice(host_state("a"), replace(there, ceilings_mib=3300)) == "a"  # not every ceiling would fit
+    assert _choice(host_state("a", cordoned=True), replace(there, cpu_asked_milli=3500)) == "b"
+
+
+def test_the_tightest_fit_keeps_large_rooms_whole() -> None:
+    assert _choice(host_state("a"), host_state("b", promised_mib=2000), host_state("c", promised_mib=1000)) == "b"
+
+
+def test_layers_are_promised_once_and_count_against_what_a_host_has() -> None:
+    full = host_state(promised_mib=4096 - 512 - 320 - 149)
+    assert scheduler.refusal(demand(), full) is not None
+    shared = replace(full, mapped_layers=frozenset({("t", "base"), ("t", "one")}))
+    assert scheduler.refusal(demand(), shared) is None
+    assert scheduler.refusal(demand(), shared, Policy(share=False)) is not None
+
+
+def test_what_a_workload_was_measured_to_use_is_charged_up_to_its_ceiling() -> None:
+    assert demand(memory_max_mib=1024, expected_mib=700).charge_mib == 700
+    assert demand(memory_max_mib=512, expected_mib=700).charge_mib == 512
+    assert demand(memory_max_mib=1024, expected_mib=100).charge_mib == 256  # the guarantee holds whatever is measured
+    wanted = demand(memory_max_mib=4096, expected_mib=3500)
+    refusal = scheduler.refusal(wanted, host_state())
+    assert refusal is not None
+    assert "3500 MiB charged by its workload's measured use" in refusal.message
+    assert refusal.lacking == 3500 + 64 + 150 - 3584
+
+
+def test_rules_are_told_by_name() -> None:
+    def reason(host: HostState, **rules: object) -> str:
+        refused = scheduler.refusal(demand(rules=Rules(**rules)), host)  # type: ignore[arg-type]
+        return refused.reason if refused else ""
+
+    assert reason(host_state(), affinity=(parse_affinity("zone=eu"),)) == "AffinityNotMet"
+    assert reason(host_state(labels=(("zone", "eu"),)), affinity=(parse_affinity("zone=eu"),)) == ""
+    assert reason(host_state(taints=(("gpu", "a"),))) == "TaintNotTolerated"
+    assert reason(host_state(taints=(("gpu", "a"),)), tolerations=(("gpu", ""),)) == ""
+    assert reason(host_state(smt=True), trust=parse_trust(["no-smt"])) == "TrustNotMet"
+    assert reason(host_state(accel="tcg"), trust=parse_trust(["kvm"])) == "TrustNotMet"
+    assert reason(host_state(tenants=frozenset({"u"})), trust=parse_trust(["dedicated"])) == "HasOtherTenants"
+    assert reason(host_state(dedicated_to="u")) == "HasOtherTenants"
+    assert reason(host_state(limits={"pids": 3})) == ""
+    short = scheduler.refusal(
+        demand(extras=(("shared_memory_files", 4),)), host_state(limits={"shared_memory_files": 3})
+    )
+    assert short is not None
+    assert (short.reason, short.lacking) == ("ShortOfSharedMemoryFiles", 1)
+
+
+def test_a_group_is_spread_as_evenly_as_its_rule_says() -> None:
+    group = {("t", "web"): 1}
+    hosts = [host_state("a", labels=(("zone", "x"),), groups=group), host_state("b", labels=(("zone", "y"),))]
+    even = demand(group="web", rules=Rules(spread=Spread("zone")))
+    assert scheduler.place(even, hosts).placement == scheduler.placement_on(even, hosts[1])
+    full = [hosts[0], replace(hosts[1], promised_mib=4000)]
+    placed = scheduler.place(even, full).placement
+    assert placed is not None and placed.host == "a"  # only a preference
+    hard = demand(group="web", rules=Rules(spread=Spread("zone", 1)))
+    assert scheduler.by_reason(scheduler.place(hard, full).refusals) == {"SpreadTooUneven": 1, "ShortOfMemory": 1}
 
 
 def _choice(*hosts: HostState) -> str:
@@ -186,7 +246,7 @@ def test_every_reason_has_its_numbers() -> None:
         (host_state(images=frozenset({("u", "sha256:1")})), demand(), "ImageNotResident", "image"),
         (host_state(), demand(cpu_milli=5000), "ShortOfCpu", "5 CPUs needed, it has 4"),
         (host_state(cpu_asked_milli=63_500), demand(), "ShortOfCpu", "0.5 left of 4 times 16"),
-        (host_state(promised_mib=3300), demand(), "ShortOfMemory", "320 MiB needed (256 MiB guaranteed + 64 MiB"),
+        (host_state(promised_mib=3300), demand(), "ShortOfMemory", "470 MiB needed (256 MiB guaranteed + 64 MiB"),
         (host_state(promised_mib=3300), demand(), "ShortOfMemory", "284 MiB not promised"),
         (host_state(unsettled_mib=3300), demand(), "ShortOfMemory", "284 MiB usable now"),
     ]

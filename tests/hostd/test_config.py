@@ -79,3 +79,11 @@ def test_a_bad_value_is_named(tmp_path: Path, key: str, value: str, complaint: s
 def test_a_file_that_is_not_there_is_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"nowhere\.toml: cannot be read"):
         load(tmp_path / "nowhere.toml")
+
+
+def test_labels_and_taints_are_checked_one_by_one(tmp_path: Path) -> None:
+    config = parse(tmp_path, GOOD + 'labels = ["zone=eu", "ssd"]\ntaints = ["gpu=a100"]\n')
+    assert (config.labels, config.taints) == (("zone=eu", "ssd"), ("gpu=a100",))
+    for wrong in ('["zone="]', '["=x"]', '["a b"]', '"zone=eu"', "[1]"):
+        with pytest.raises(ConfigError, match="labels"):
+            parse(tmp_path, GOOD + f"labels = {wrong}\n")

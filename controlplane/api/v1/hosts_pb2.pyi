@@ -127,6 +127,26 @@ Global___ResidentObjects: _TypeAlias = ResidentObjects  # noqa: Y015
 class Host(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
+    @_typing.final
+    class LabelsEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.str
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.str = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
     NAME_FIELD_NUMBER: _builtins.int
     STATE_FIELD_NUMBER: _builtins.int
     CAPACITY_FIELD_NUMBER: _builtins.int
@@ -146,6 +166,9 @@ class Host(_message.Message):
     KERNEL_FEATURES_FIELD_NUMBER: _builtins.int
     RESIDENT_FIELD_NUMBER: _builtins.int
     BLOCKERS_FIELD_NUMBER: _builtins.int
+    LABELS_FIELD_NUMBER: _builtins.int
+    TAINTS_FIELD_NUMBER: _builtins.int
+    SMT_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     state: Global___HostState.ValueType
     accel: _builtins.str
@@ -162,6 +185,8 @@ class Host(_message.Message):
     """where HostRuntime is served"""
     sandboxes: _builtins.int
     resource_version: _builtins.int
+    smt: _builtins.bool
+    """hyperthreads are on"""
     @_builtins.property
     def capacity(self) -> Global___HostCapacity: ...
     @_builtins.property
@@ -188,6 +213,14 @@ class Host(_message.Message):
     def blockers(self) -> _containers.RepeatedCompositeFieldContainer[Global___DrainBlocker]:
         """GetHost and DrainHost, while DRAINING: what stays, and why"""
 
+    @_builtins.property
+    def labels(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
+        """from hostd's configuration"""
+
+    @_builtins.property
+    def taints(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """KEY or KEY=VALUE: keep away who does not tolerate them"""
+
     def __init__(
         self,
         *,
@@ -210,10 +243,13 @@ class Host(_message.Message):
         kernel_features: _abc.Iterable[_builtins.str] | None = ...,
         resident: _abc.Iterable[Global___ResidentObjects] | None = ...,
         blockers: _abc.Iterable[Global___DrainBlocker] | None = ...,
+        labels: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
+        taints: _abc.Iterable[_builtins.str] | None = ...,
+        smt: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["capacity", b"capacity", "last_seen", b"last_seen"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["accel", b"accel", "blockers", b"blockers", "capacity", b"capacity", "cgroup_version", b"cgroup_version", "classes", b"classes", "guest_kernel_version", b"guest_kernel_version", "image_digests", b"image_digests", "isolation_note", b"isolation_note", "kernel_features", b"kernel_features", "kernel_version", b"kernel_version", "last_seen", b"last_seen", "name", b"name", "pools", b"pools", "qemu_version", b"qemu_version", "resident", b"resident", "resource_version", b"resource_version", "runtime_address", b"runtime_address", "sandboxes", b"sandboxes", "state", b"state"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["accel", b"accel", "blockers", b"blockers", "capacity", b"capacity", "cgroup_version", b"cgroup_version", "classes", b"classes", "guest_kernel_version", b"guest_kernel_version", "image_digests", b"image_digests", "isolation_note", b"isolation_note", "kernel_features", b"kernel_features", "kernel_version", b"kernel_version", "labels", b"labels", "last_seen", b"last_seen", "name", b"name", "pools", b"pools", "qemu_version", b"qemu_version", "resident", b"resident", "resource_version", b"resource_version", "runtime_address", b"runtime_address", "sandboxes", b"sandboxes", "smt", b"smt", "state", b"state", "taints", b"taints"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -288,6 +288,7 @@ class SandboxSpec(_message.Message):
     COLD_FIELD_NUMBER: _builtins.int
     RESTART_FIELD_NUMBER: _builtins.int
     CHECKPOINT_FIELD_NUMBER: _builtins.int
+    RULES_FIELD_NUMBER: _builtins.int
     image: _builtins.str
     """name as given; the server resolves image_digest"""
     image_digest: _builtins.str
@@ -306,6 +307,10 @@ class SandboxSpec(_message.Message):
     def process(self) -> Global___Process: ...
     @_builtins.property
     def labels(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]: ...
+    @_builtins.property
+    def rules(self) -> Global___PlacementRules:
+        """where it may go"""
+
     def __init__(
         self,
         *,
@@ -319,14 +324,55 @@ class SandboxSpec(_message.Message):
         cold: _builtins.bool = ...,
         restart: Global___RestartPolicy.ValueType = ...,
         checkpoint: _builtins.str = ...,
+        rules: Global___PlacementRules | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["process", b"process", "resources", b"resources"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["process", b"process", "resources", b"resources", "rules", b"rules"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["checkpoint", b"checkpoint", "class", b"class", "cold", b"cold", "hostname", b"hostname", "image", b"image", "image_digest", b"image_digest", "labels", b"labels", "process", b"process", "remove_on_exit", b"remove_on_exit", "resources", b"resources", "restart", b"restart"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["checkpoint", b"checkpoint", "class", b"class", "cold", b"cold", "hostname", b"hostname", "image", b"image", "image_digest", b"image_digest", "labels", b"labels", "process", b"process", "remove_on_exit", b"remove_on_exit", "resources", b"resources", "restart", b"restart", "rules", b"rules"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___SandboxSpec: _TypeAlias = SandboxSpec  # noqa: Y015
+
+@_typing.final
+class PlacementRules(_message.Message):
+    """Each in its text form, see controlplane/rules.py."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    AFFINITY_FIELD_NUMBER: _builtins.int
+    TOLERATIONS_FIELD_NUMBER: _builtins.int
+    SPREAD_FIELD_NUMBER: _builtins.int
+    TRUST_FIELD_NUMBER: _builtins.int
+    spread: _builtins.str
+    """zone, zone:1 or host"""
+    @_builtins.property
+    def affinity(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """of a host's labels: zone=eu, zone!=eu, ssd, !ssd; all must hold"""
+
+    @_builtins.property
+    def tolerations(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """of a host's taints: gpu or gpu=a100"""
+
+    @_builtins.property
+    def trust(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """no-smt, kvm, dedicated"""
+
+    def __init__(
+        self,
+        *,
+        affinity: _abc.Iterable[_builtins.str] | None = ...,
+        tolerations: _abc.Iterable[_builtins.str] | None = ...,
+        spread: _builtins.str = ...,
+        trust: _abc.Iterable[_builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["affinity", b"affinity", "spread", b"spread", "tolerations", b"tolerations", "trust", b"trust"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PlacementRules: _TypeAlias = PlacementRules  # noqa: Y015
 
 @_typing.final
 class Assignment(_message.Message):
@@ -1201,3 +1247,180 @@ class WatchEventsRequest(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___WatchEventsRequest: _TypeAlias = WatchEventsRequest  # noqa: Y015
+
+@_typing.final
+class ExplainSandboxRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    HOSTS_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """or a uid"""
+    hosts: _builtins.int
+    """the most host verdicts to tell; 0: 20"""
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        hosts: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["hosts", b"hosts", "name", b"name"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ExplainSandboxRequest: _TypeAlias = ExplainSandboxRequest  # noqa: Y015
+
+@_typing.final
+class Reason(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    WHAT_FIELD_NUMBER: _builtins.int
+    WHY_FIELD_NUMBER: _builtins.int
+    what: _builtins.str
+    why: _builtins.str
+    def __init__(
+        self,
+        *,
+        what: _builtins.str = ...,
+        why: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["what", b"what", "why", b"why"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Reason: _TypeAlias = Reason  # noqa: Y015
+
+@_typing.final
+class HostVerdict(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    HOST_FIELD_NUMBER: _builtins.int
+    FITS_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
+    MESSAGE_FIELD_NUMBER: _builtins.int
+    LACKING_FIELD_NUMBER: _builtins.int
+    FOR_NOW_FIELD_NUMBER: _builtins.int
+    SCORE_FIELD_NUMBER: _builtins.int
+    host: _builtins.str
+    fits: _builtins.bool
+    """it could take the sandbox now"""
+    reason: _builtins.str
+    """CamelCase, when it does not"""
+    message: _builtins.str
+    lacking: _builtins.int
+    """how much of what `reason` names, where it can be counted (MiB, thousandths of a CPU)"""
+    for_now: _builtins.bool
+    """it would fit, were the host READY"""
+    @_builtins.property
+    def score(self) -> _containers.RepeatedCompositeFieldContainer[Global___Reason]:
+        """when it fits"""
+
+    def __init__(
+        self,
+        *,
+        host: _builtins.str = ...,
+        fits: _builtins.bool = ...,
+        reason: _builtins.str = ...,
+        message: _builtins.str = ...,
+        lacking: _builtins.int = ...,
+        for_now: _builtins.bool = ...,
+        score: _abc.Iterable[Global___Reason] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["fits", b"fits", "for_now", b"for_now", "host", b"host", "lacking", b"lacking", "message", b"message", "reason", b"reason", "score", b"score"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___HostVerdict: _TypeAlias = HostVerdict  # noqa: Y015
+
+@_typing.final
+class ReasonCount(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REASON_FIELD_NUMBER: _builtins.int
+    HOSTS_FIELD_NUMBER: _builtins.int
+    reason: _builtins.str
+    hosts: _builtins.int
+    def __init__(
+        self,
+        *,
+        reason: _builtins.str = ...,
+        hosts: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["hosts", b"hosts", "reason", b"reason"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ReasonCount: _TypeAlias = ReasonCount  # noqa: Y015
+
+@_typing.final
+class Explanation(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    UID_FIELD_NUMBER: _builtins.int
+    HOST_FIELD_NUMBER: _builtins.int
+    PLACED_BECAUSE_FIELD_NUMBER: _builtins.int
+    HOSTS_THEN_FIELD_NUMBER: _builtins.int
+    MARGINAL_MIB_FIELD_NUMBER: _builtins.int
+    SHARED_MIB_FIELD_NUMBER: _builtins.int
+    CHARGE_MIB_FIELD_NUMBER: _builtins.int
+    MESSAGE_FIELD_NUMBER: _builtins.int
+    VERDICTS_FIELD_NUMBER: _builtins.int
+    REFUSED_FIELD_NUMBER: _builtins.int
+    FITTING_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    uid: _builtins.str
+    host: _builtins.str
+    """empty: none yet, or no longer"""
+    hosts_then: _builtins.int
+    """how many there were when it was placed"""
+    marginal_mib: _builtins.int
+    """what it added to its host's memory"""
+    shared_mib: _builtins.int
+    """what it mapped there without adding it"""
+    charge_mib: _builtins.int
+    message: _builtins.str
+    """for people"""
+    fitting: _builtins.int
+    """hosts that could take it now"""
+    @_builtins.property
+    def placed_because(self) -> _containers.RepeatedCompositeFieldContainer[Global___Reason]: ...
+    @_builtins.property
+    def verdicts(self) -> _containers.RepeatedCompositeFieldContainer[Global___HostVerdict]:
+        """as of now, the best first, then those that lack least"""
+
+    @_builtins.property
+    def refused(self) -> _containers.RepeatedCompositeFieldContainer[Global___ReasonCount]:
+        """as of now"""
+
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        uid: _builtins.str = ...,
+        host: _builtins.str = ...,
+        placed_because: _abc.Iterable[Global___Reason] | None = ...,
+        hosts_then: _builtins.int = ...,
+        marginal_mib: _builtins.int = ...,
+        shared_mib: _builtins.int = ...,
+        charge_mib: _builtins.int = ...,
+        message: _builtins.str = ...,
+        verdicts: _abc.Iterable[Global___HostVerdict] | None = ...,
+        refused: _abc.Iterable[Global___ReasonCount] | None = ...,
+        fitting: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["charge_mib", b"charge_mib", "fitting", b"fitting", "host", b"host", "hosts_then", b"hosts_then", "marginal_mib", b"marginal_mib", "message", b"message", "name", b"name", "placed_because", b"placed_because", "refused", b"refused", "shared_mib", b"shared_mib", "uid", b"uid", "verdicts", b"verdicts"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Explanation: _TypeAlias = Explanation  # noqa: Y015

@@ -89,6 +89,11 @@ class SandboxesStub:
                 request_serializer=controlplane_dot_api_dot_v1_dot_sandboxes__pb2.GetSharingLedgerRequest.SerializeToString,
                 response_deserializer=controlplane_dot_api_dot_v1_dot_sandboxes__pb2.SharingLedger.FromString,
                 _registered_method=True)
+        self.ExplainSandbox = channel.unary_unary(
+                '/sandloom.v1.Sandboxes/ExplainSandbox',
+                request_serializer=controlplane_dot_api_dot_v1_dot_sandboxes__pb2.ExplainSandboxRequest.SerializeToString,
+                response_deserializer=controlplane_dot_api_dot_v1_dot_sandboxes__pb2.Explanation.FromString,
+                _registered_method=True)
         self.WatchEvents = channel.unary_stream(
                 '/sandloom.v1.Sandboxes/WatchEvents',
                 request_serializer=controlplane_dot_api_dot_v1_dot_sandboxes__pb2.WatchEventsRequest.SerializeToString,
@@ -186,6 +191,14 @@ class SandboxesServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ExplainSandbox(self, request, context):
+        """Read only. Why a sandbox is where it is, as recorded when it was placed; or, while it has no host, what each host
+        lacks now. Hosts by name are for operators: a tenant gets how many lack what.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def WatchEvents(self, request, context):
         """Read only stream of what happened, oldest kept first; `follow` keeps going.
         """
@@ -250,6 +263,11 @@ def add_SandboxesServicer_to_server(servicer, server):
                     servicer.GetSharingLedger,
                     request_deserializer=controlplane_dot_api_dot_v1_dot_sandboxes__pb2.GetSharingLedgerRequest.FromString,
                     response_serializer=controlplane_dot_api_dot_v1_dot_sandboxes__pb2.SharingLedger.SerializeToString,
+            ),
+            'ExplainSandbox': grpc.unary_unary_rpc_method_handler(
+                    servicer.ExplainSandbox,
+                    request_deserializer=controlplane_dot_api_dot_v1_dot_sandboxes__pb2.ExplainSandboxRequest.FromString,
+                    response_serializer=controlplane_dot_api_dot_v1_dot_sandboxes__pb2.Explanation.SerializeToString,
             ),
             'WatchEvents': grpc.unary_stream_rpc_method_handler(
                     servicer.WatchEvents,
@@ -554,6 +572,33 @@ class Sandboxes:
             '/sandloom.v1.Sandboxes/GetSharingLedger',
             controlplane_dot_api_dot_v1_dot_sandboxes__pb2.GetSharingLedgerRequest.SerializeToString,
             controlplane_dot_api_dot_v1_dot_sandboxes__pb2.SharingLedger.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ExplainSandbox(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/sandloom.v1.Sandboxes/ExplainSandbox',
+            controlplane_dot_api_dot_v1_dot_sandboxes__pb2.ExplainSandboxRequest.SerializeToString,
+            controlplane_dot_api_dot_v1_dot_sandboxes__pb2.Explanation.FromString,
             options,
             channel_credentials,
             insecure,

@@ -75,6 +75,10 @@ class SandboxesStub:
     """Read only. The main process's output as recorded by the host, from the oldest kept byte; follow keeps going."""
     GetSharingLedger: _grpc.UnaryUnaryMultiCallable[_sandboxes_pb2.GetSharingLedgerRequest, _sandboxes_pb2.SharingLedger]
     """Read only. The sharing ledger, measured now from the host's page tables."""
+    ExplainSandbox: _grpc.UnaryUnaryMultiCallable[_sandboxes_pb2.ExplainSandboxRequest, _sandboxes_pb2.Explanation]
+    """Read only. Why a sandbox is where it is, as recorded when it was placed; or, while it has no host, what each host
+    lacks now. Hosts by name are for operators: a tenant gets how many lack what.
+    """
     WatchEvents: _grpc.UnaryStreamMultiCallable[_sandboxes_pb2.WatchEventsRequest, _sandboxes_pb2.Event]
     """Read only stream of what happened, oldest kept first; `follow` keeps going."""
 
@@ -120,6 +124,10 @@ class SandboxesAsyncStub(SandboxesStub):
     """Read only. The main process's output as recorded by the host, from the oldest kept byte; follow keeps going."""
     GetSharingLedger: _aio.UnaryUnaryMultiCallable[_sandboxes_pb2.GetSharingLedgerRequest, _sandboxes_pb2.SharingLedger]  # type: ignore[assignment]
     """Read only. The sharing ledger, measured now from the host's page tables."""
+    ExplainSandbox: _aio.UnaryUnaryMultiCallable[_sandboxes_pb2.ExplainSandboxRequest, _sandboxes_pb2.Explanation]  # type: ignore[assignment]
+    """Read only. Why a sandbox is where it is, as recorded when it was placed; or, while it has no host, what each host
+    lacks now. Hosts by name are for operators: a tenant gets how many lack what.
+    """
     WatchEvents: _aio.UnaryStreamMultiCallable[_sandboxes_pb2.WatchEventsRequest, _sandboxes_pb2.Event]  # type: ignore[assignment]
     """Read only stream of what happened, oldest kept first; `follow` keeps going."""
 
@@ -228,6 +236,16 @@ class SandboxesServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_sandboxes_pb2.SharingLedger, _abc.Awaitable[_sandboxes_pb2.SharingLedger]]:
         """Read only. The sharing ledger, measured now from the host's page tables."""
+
+    @_abc_1.abstractmethod
+    def ExplainSandbox(
+        self,
+        request: _sandboxes_pb2.ExplainSandboxRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_sandboxes_pb2.Explanation, _abc.Awaitable[_sandboxes_pb2.Explanation]]:
+        """Read only. Why a sandbox is where it is, as recorded when it was placed; or, while it has no host, what each host
+        lacks now. Hosts by name are for operators: a tenant gets how many lack what.
+        """
 
     @_abc_1.abstractmethod
     def WatchEvents(

@@ -127,6 +127,7 @@ class FakeFabric(
         }
         self.events: list[sandboxes_pb2.Event] = []
         self.ledger = sandboxes_pb2.SharingLedger()
+        self.explanation = sandboxes_pb2.Explanation()
         self.uploaded = b""
         self.import_start: images_pb2.ImportImageRequest.Start | None = None
         self.calls: list[tuple[str, Any]] = []
@@ -335,6 +336,10 @@ class FakeFabric(
 
     def GetSharingLedger(self, request: Any, context: Any) -> sandboxes_pb2.SharingLedger:
         return self.ledger
+
+    def ExplainSandbox(self, request: Any, context: Any) -> sandboxes_pb2.Explanation:
+        self._called("ExplainSandbox", request, context)
+        return self.explanation
 
     def WatchEvents(self, request: Any, context: Any) -> Iterator[sandboxes_pb2.Event]:
         self._called("WatchEvents", request, context)
