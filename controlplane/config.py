@@ -1,7 +1,13 @@
 """The control plane's configuration file (TOML), parsed once, strictly: an unknown key is an error that names it.
 
 listen, tls_ca, tls_cert, tls_key   required; listen is HOST:PORT, port 0 lets the system choose
-store = "sqlite:PATH"               required; relative paths are relative to the file's folder
+store                               required: "sqlite:PATH" (relative to the file's folder) for one control plane, or
+                                    "etcd:HOST:PORT,HOST:PORT,..." for any number of replicas
+name = the machine's host name      what this replica calls itself, to be seen when it leads
+etcd_prefix = "sandloom/"           before every key: fabrics that share a cluster differ in it
+etcd_ca, etcd_cert, etcd_key        the CA of etcd's certificates (without it: no TLS), and what to show etcd
+etcd_user, etcd_password_file       to authenticate with; a trailing line break in the file does not count
+etcd_deadline_s = 5                 how long a call to etcd may take before it fails with UNAVAILABLE
 lease_s = 15                        how long a host stays READY without a report
 lost_grace_s = 30                   how long after that its sandboxes are given up
 ca_dir                              folder of the CA (ca.crt, ca.key) that signs hosts' keys; none: nobody joins
@@ -16,8 +22,9 @@ sandboxes, memory_min_mib, memory_max_mib, cpu_milli, images, image_mib, checkpo
 from __future__ import annotations
 
 import re
+import socket
 import tomllib
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +33,7 @@ from controlplane.api.identity import NAME_PATTERN
 from controlplane.errors import ConfigError
 from controlplane.quotas import Quota
 
+ETCD_PREFIX = re.compile(r"([A-Za-z0-9._-]+/)+")
 LISTEN = re.compile(r"(\[[0-9a-fA-F:.]+\]|[A-Za-z0-9._-]+):([0-9]{1,5})")
 
 
@@ -47,6 +55,14 @@ class Config:
     advertise: str = ""
     join_advertise: str = ""
     quotas: tuple[tuple[str, Quota], ...] = ()
+    name: str = field(default_factory=socket.gethostname)
+    etcd_prefix: str = "sandloom/"
+    etcd_ca: Path | None = None
+    etcd_cert: Path | None = None
+    etcd_key: Path | None = None
+    etcd_user: str = ""
+    etcd_password_file: Path | None = None
+    etcd_deadline_s: int = 5
 
     def __post_init__(self) -> None:
         for name in ("listen", "join_listen", "advertise", "join_advertise"):
@@ -56,11 +72,25 @@ class Config:
                 raise ConfigError(f"{name} = {value!r} is not HOST:PORT")
         if self.join_listen and self.ca_dir is None:
             raise ConfigError("join_listen without ca_dir: hosts that join need a CA that signs their keys")
-        if not self.store.startswith("sqlite:") or not self.store.removeprefix("sqlite:"):
-            raise ConfigError(f"store = {self.store!r} is not sqlite:PATH")
-        for name in ("lease_s", "history_s", "kept_events"):
+        kind, _, where = self.store.partition(":")
+        if kind not in ("sqlite", "etcd") or not where:
+            raise ConfigError(f"store = {self.store!r} is neither sqlite:PATH nor etcd:HOST:PORT,HOST:PORT,...")
+        if kind == "etcd":
+            self._require_etcd()
+        for name in ("lease_s", "history_s", "kept_events", "etcd_deadline_s"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} = {getattr(self, name)} must be at least 1")
+
+    def _require_etcd(self) -> None:
+        for endpoint in self.etcd_endpoints:
+            if not LISTEN.fullmatch(endpoint):
+                raise ConfigError(f"store: etcd's endpoint {endpoint!r} is not HOST:PORT")
+        if not ETCD_PREFIX.fullmatch(self.etcd_prefix):
+            raise ConfigError(f"etcd_prefix = {self.etcd_prefix!r} must match {ETCD_PREFIX.pattern}")
+        if bool(self.etcd_cert) != bool(self.etcd_key) or (self.etcd_cert and not self.etcd_ca):
+            raise ConfigError("etcd_cert needs etcd_key and etcd_ca, and etcd_key needs etcd_cert")
+        if bool(self.etcd_user) != bool(self.etcd_password_file):
+            raise ConfigError("etcd_user and etcd_password_file need each other")
 
     @property
     def tls(self) -> TlsFiles:
@@ -68,24 +98,29 @@ class Config:
         return TlsFiles(self.tls_ca, self.tls_cert, self.tls_key)
 
     @property
-    def sqlite_path(self) -> Path:
-        """Where the SQLite store is."""
-        return Path(self.store.removeprefix("sqlite:"))
+    def sqlite_path(self) -> Path | None:
+        """Where the SQLite store is; None when it is another one."""
+        return Path(self.store.removeprefix("sqlite:")) if self.store.startswith("sqlite:") else None
+
+    @property
+    def etcd_endpoints(self) -> tuple[str, ...]:
+        """etcd's members as HOST:PORT; none when the store is another one."""
+        return tuple(self.store.removeprefix("etcd:").split(",")) if self.store.startswith("etcd:") else ()
 
 
 def parse(values: dict[str, Any], source: str, folder: Path = Path()) -> Config:
     """A Config from TOML's values. ConfigError names the key and `source`."""
-    known = {field.name: field for field in fields(Config)}
+    known = {each.name: each for each in fields(Config)}
     for key in values:
         if key not in known:
             raise ConfigError(f"{source}: unknown key {key!r}; known are {', '.join(known)}")
     parsed: dict[str, Any] = {}
-    for name, field in known.items():
+    for name, each in known.items():
         if name not in values:
-            if field.default is MISSING:
+            if each.default is MISSING and each.default_factory is MISSING:
                 raise ConfigError(f"{source}: {name} is missing")
             continue
-        parsed[name] = _typed(name, str(field.type), values[name], source, folder)
+        parsed[name] = _typed(name, str(each.type), values[name], source, folder)
     if parsed["store"].startswith("sqlite:") and parsed["store"] != "sqlite:":
         parsed["store"] = f"sqlite:{folder / parsed['store'].removeprefix('sqlite:')}"
     try:
@@ -111,7 +146,7 @@ def _typed(name: str, kind: str, value: Any, source: str, folder: Path) -> Any:
 def _quotas(value: Any, source: str) -> tuple[tuple[str, Quota], ...]:
     if not isinstance(value, dict):
         raise ConfigError(f"{source}: quotas is not a table of tenants")
-    known = [field.name for field in fields(Quota)]
+    known = [each.name for each in fields(Quota)]
     parsed = []
     for tenant, bounds in value.items():
         where = f"{source}: quotas.{tenant}"

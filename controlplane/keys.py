@@ -15,11 +15,14 @@ alive/<host>                         present as long as the host's lease is
 tenants/<tenant>                     Tenant
 placements/<host>                    uid last placed there; guards the host against two placements of one view
 events/<time_ns>-<random>            Event
+sync                                 nothing; written to make a revision of ours (view.py)
+leader                               name of the replica that leads, under its lease; its revision is the term
 """
 
 from __future__ import annotations
 
 ALL = ""
+LEADER, SYNC = "leader", "sync"
 SANDBOXES, UIDS, NAMES, REQUESTS = "sandboxes/", "uids/", "names/", "requests/"
 IMAGES, IMAGE_USE, RESIDENCY = "images/", "image-use/", "residency/"
 HOSTS, ALIVE, PLACEMENTS, EVENTS = "hosts/", "alive/", "placements/", "events/"

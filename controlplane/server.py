@@ -48,7 +48,7 @@ from controlplane.events import EventLog
 from controlplane.gate import Gate
 from controlplane.images import Images
 from controlplane.joining import Joining
-from controlplane.leadership import Leadership, OnlyOne
+from controlplane.leadership import Elected, Fenced, Leadership, OnlyOne
 from controlplane.pools import Pools
 from controlplane.reconciler import Reconciler
 from controlplane.records import Records
@@ -65,7 +65,7 @@ from controlplane.service_sandboxes import SandboxesService
 from controlplane.service_streams import Streams
 from controlplane.service_tenants import TenantsService
 from controlplane.store.contract import Store
-from controlplane.store.sqlite import open_sqlite
+from controlplane.store.opening import open_store
 from controlplane.streams import Locator
 from controlplane.tenants import Tenants
 from controlplane.view import View
@@ -87,9 +87,10 @@ SERVICES = (
 class ControlPlane:
     """All the parts of one control plane, wired together over an open store."""
 
-    def __init__(self, config: Config, store: Store, links: HostLinks) -> None:
+    def __init__(self, config: Config, store: Store, links: HostLinks, leadership: Leadership | None = None) -> None:
         self.config, self.store, self.links = config, store, links
         self.view = View(store)
+        self.leadership = leadership or self._leadership()
         self.tenants = Tenants(store, self.view, dict(config.quotas))
         self.gate = Gate(lambda name: self.tenants.find(name) is not None, lambda *known: self.registry.admits(*known))
         self.event_log = EventLog(store, kept=config.kept_events)
@@ -102,13 +103,28 @@ class ControlPlane:
         authority = Authority.load(config.ca_dir) if config.ca_dir else None
         self.joining = Joining(store, self.registry, authority)
         self.drains = Drains(store, self.view, self.records, self.registry)
-        self.reconciler = Reconciler(
-            store, self.view, self.records, self.sandboxes, self.images, links, self.event_log,
-            self.drains, self.joining, lost_grace_s=config.lost_grace_s, history_s=config.history_s,
-        )  # fmt: skip
+        self.reconciler = self._reconciler()
         self.locator = Locator(self.records, self.view)
         self.checkpoints = Checkpoints(self.sandboxes, self.locator, self.view, links, quota_of=self.tenants.quota)
         self.health = aio_health.HealthServicer()
+
+    def _leadership(self) -> Leadership:
+        if not self.config.etcd_endpoints:
+            return OnlyOne()
+        return Elected(self.store, self.config.name, self.view.reached)
+
+    def _reconciler(self) -> Reconciler:
+        """The leader's work, over a store that refuses it once another one leads."""
+        config, view = self.config, self.view
+        store = Fenced(self.store, self.leadership)
+        images, records = Images(store, view, quota_of=self.tenants.quota), Records(store, view)
+        registry = Registry(store, view, images, config.lease_s)
+        return Reconciler(
+            store, view, records, Sandboxes(store, view, records, images, self.tenants), images, self.links,
+            EventLog(store, kept=config.kept_events), Drains(store, view, records, registry),
+            Joining(store, registry, None),
+            lost_grace_s=config.lost_grace_s, history_s=config.history_s,
+        )  # fmt: skip
 
     def add_to(self, server: grpc.aio.Server) -> None:
         """Registers every service."""
@@ -142,15 +158,14 @@ class ControlPlane:
 @asynccontextmanager
 async def running(config: Config, leadership: Leadership | None = None) -> AsyncIterator[tuple[ControlPlane, str]]:
     """A control plane that serves while the block runs, with its address. Ends everything it started."""
-    async with open_sqlite(config.sqlite_path) as store, HostLinks(config.tls) as links:
-        plane = ControlPlane(config, store, links)
+    async with open_store(config) as store, HostLinks(config.tls) as links:
+        plane = ControlPlane(config, store, links, leadership)
         server = grpc.aio.server(interceptors=[plane.gate], options=server_options())
         plane.add_to(server)
         port = _bind(server, config)
-        lead = (leadership or OnlyOne()).lead
         tasks = [
             asyncio.create_task(plane.view.run(), name="view"),
-            asyncio.create_task(lead(plane.reconciler.run), name="reconciler"),
+            asyncio.create_task(plane.leadership.lead(plane.reconciler.run), name="reconciler"),
         ]
         address = f"{config.listen.rpartition(':')[0]}:{port}"
         try:

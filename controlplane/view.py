@@ -19,7 +19,7 @@ from controlplane.errors import BadState, Compacted, StoreError
 from controlplane.membership import Member
 from controlplane.model import Host, Image, Pool, Residency, Sandbox
 from controlplane.scheduler import HostState
-from controlplane.store.contract import Batch, Record, Store
+from controlplane.store.contract import Batch, Put, Record, Store
 from controlplane.tenancy import Tenant
 
 log = logging.getLogger("sandloom.controlplane.view")
@@ -38,6 +38,7 @@ MIRRORED = (
     keys.TENANTS,
 )
 RETRY_S = 0.5
+NUDGE_S = 1.0
 
 
 class Changed:
@@ -86,24 +87,43 @@ class View:
         self.tenants: dict[str, Tenant] = {}  # those that have a record
         self._followers: set[Changed] = set()
         self._moved = asyncio.Event()
+        self._nudging = False
 
     async def run(self) -> None:
-        """Lists, then follows, for ever; lists again when it fell behind a compaction or the store failed."""
+        """Lists, then follows, for ever; lists again when it fell behind a compaction."""
+        loaded = False
         while True:
             try:
-                await self._load()
+                if not loaded:
+                    await self._load()
+                    loaded = True
                 async with self._store.watch(keys.ALL, after=self.revision) as batches:
                     async for batch in batches:
                         self._take(batch)
             except Compacted:
+                loaded = False
                 log.warning("the view fell behind and reads everything again")
             except StoreError as error:
                 log.error("the view cannot follow the store: %s", error)
                 await asyncio.sleep(RETRY_S)
 
     async def reached(self, revision: int) -> None:
-        """Returns when the view shows `revision` or a later one. Bound it with a timeout."""
-        await self.until(lambda: self.revision >= revision or None)
+        """Returns when the view shows `revision` or a later one. Bound it with a timeout. StoreError.
+
+        What others keep in the same etcd makes revisions that no change of ours tells of; then one is made."""
+        if self.revision >= revision:
+            return
+        try:
+            async with asyncio.timeout(NUDGE_S):
+                await self.until(lambda: self.revision >= revision or None)
+        except TimeoutError:
+            if self.revision < revision and not self._nudging:
+                self._nudging = True
+                try:
+                    await self._store.commit([Put(keys.SYNC, b"")])
+                finally:
+                    self._nudging = False
+            await self.until(lambda: self.revision >= revision or None)
 
     async def until(self, condition: Callable[[], T | None]) -> T:
         """Waits until `condition` gives something other than None. It is asked again after each change."""

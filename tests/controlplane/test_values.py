@@ -19,6 +19,7 @@ from controlplane.errors import ConfigError, Invalid, Precondition
 from controlplane.model import DesiredState, Phase, ResizeState, Resources, Sandbox, SandboxSpec, SandboxStatus
 from controlplane.quotas import Quota
 from controlplane.requests import Report, ResizeWish
+from controlplane.store.opening import etcd_access
 
 few = settings(max_examples=40, deadline=None)
 BOX = Sandbox("box", "u1", "default", SandboxSpec("base", Resources(256, 1024, 256, 1000)), 1.5, 1)
@@ -179,6 +180,23 @@ def test_a_whole_configuration_is_read_relative_to_its_file(tmp_path: Path) -> N
     assert dict(loaded.quotas) == {"acme": Quota(sandboxes=2), "b": Quota(cpu_milli=1)}
 
 
+def test_etcd_is_configured_by_its_endpoints_and_how_it_lets_us_in(tmp_path: Path) -> None:
+    (tmp_path / "password").write_text("secret\n")
+    values = WHOLE | {
+        "store": "etcd:10.0.0.1:2379,[::1]:2379", "name": "cp-1", "etcd_prefix": "lab/one/", "etcd_ca": "e.ca",
+        "etcd_cert": "e.crt", "etcd_key": "e.key", "etcd_user": "u", "etcd_password_file": "password",
+    }  # fmt: skip
+    loaded = config.parse(dict(values), "c.toml", tmp_path)
+    assert (loaded.sqlite_path, loaded.name) == (None, "cp-1")
+    access = etcd_access(loaded)
+    assert access.endpoints == ("10.0.0.1:2379", "[::1]:2379")
+    assert (access.prefix, access.ca, access.user, access.password) == ("lab/one/", tmp_path / "e.ca", "u", "secret")
+    assert (access.cert, access.key, access.deadline_s) == (tmp_path / "e.crt", tmp_path / "e.key", 5.0)
+    (tmp_path / "password").unlink()
+    with pytest.raises(ConfigError, match="password cannot be read"):
+        etcd_access(loaded)
+
+
 @pytest.mark.parametrize(
     ("change", "text"),
     [
@@ -186,7 +204,13 @@ def test_a_whole_configuration_is_read_relative_to_its_file(tmp_path: Path) -> N
         ({"listen": None}, "listen is missing"),
         ({"listen": "nowhere"}, "HOST:PORT"),
         ({"listen": "x:70000"}, "HOST:PORT"),
-        ({"store": "etcd:x"}, "sqlite:PATH"),
+        ({"store": "zookeeper:x"}, "sqlite:PATH"),
+        ({"store": "etcd:"}, "etcd:HOST:PORT"),
+        ({"store": "etcd:a:1,b"}, "endpoint 'b' is not HOST:PORT"),
+        ({"store": "etcd:a:1", "etcd_prefix": "x"}, "etcd_prefix = 'x'"),
+        ({"store": "etcd:a:1", "etcd_cert": "c"}, "etcd_cert needs"),
+        ({"store": "etcd:a:1", "etcd_user": "u"}, "etcd_user and etcd_password_file"),
+        ({"store": "etcd:a:1", "etcd_deadline_s": 0}, "etcd_deadline_s = 0"),
         ({"store": "sqlite:"}, "sqlite:PATH"),
         ({"lease_s": 0}, "lease_s = 0"),
         ({"lease_s": "15"}, "lease_s = '15'"),
