@@ -90,6 +90,24 @@ class Process:
 
 
 @dataclass(frozen=True)
+class NetworkRule:
+    """Who a sandbox may talk to: an IPv4 network; `protocol` "" is any, ports 0 to 0 are all."""
+
+    cidr: str
+    protocol: str = ""
+    first_port: int = 0
+    last_port: int = 0
+
+
+@dataclass(frozen=True)
+class Network:
+    """A sandbox's network: `veth`, or none but its own loopback."""
+
+    veth: bool = False
+    allow: tuple[NetworkRule, ...] = ()
+
+
+@dataclass(frozen=True)
 class SandboxSpec:
     """What was asked for. `image_digest` is what `image` meant at that time."""
 
@@ -105,6 +123,7 @@ class SandboxSpec:
     checkpoint: str = ""  # the id of what it goes on from
     restart: RestartPolicy = RestartPolicy.NEVER
     rules: Rules = NO_RULES
+    network: Network = Network()
 
 
 @dataclass(frozen=True)
@@ -136,6 +155,7 @@ class SandboxStatus:
     host_pid: int = 0
     observed_epoch: int = 0
     restarts_of_host: int = 0
+    address: str = ""
 
 
 @dataclass(frozen=True)

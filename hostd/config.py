@@ -8,6 +8,8 @@ cgroup = "sandloom"                 the folder for its sandboxes' cgroups; hostd
 scrub_interval_s                    how often every blob in the store is hashed again
 labels = ["zone=eu", "ssd"]         what sandboxes' affinity and spread go by: KEY or KEY=VALUE
 taints = ["gpu"]                    what keeps away every sandbox that does not tolerate it
+network_cidr = "10.213.0.0/16"      addresses of sandboxes with a link to this host (IPv4)
+network_nat = false                 whether they reach beyond it under the host's own address
 boot_deadline_s                     how long a guest may take to its agent's first answer
 """
 
@@ -16,6 +18,7 @@ from __future__ import annotations
 import re
 import tomllib
 from dataclasses import MISSING, dataclass, fields
+from ipaddress import IPv4Network
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +28,7 @@ from hostd.errors import ConfigError
 
 DRIVERS = ("qemu", "fake")
 ACCELS = ("auto", "kvm", "tcg")
+MOST_PREFIX_BITS = 24
 _CGROUP = re.compile(r"[a-z0-9][a-z0-9.-]{0,63}")
 _PAIR = re.compile(r"[A-Za-z0-9]([A-Za-z0-9._/-]{0,61}[A-Za-z0-9])?(=[A-Za-z0-9]([A-Za-z0-9._-]{0,61}[A-Za-z0-9])?)?")
 _ADDRESS = re.compile(r"(\[[0-9a-fA-F:]+\]|[^\s:]+):[0-9]{1,5}")
@@ -52,6 +56,8 @@ class Config:
     scrub_interval_s: float = 86_400.0
     labels: tuple[str, ...] = ()
     taints: tuple[str, ...] = ()
+    network_cidr: str = "10.213.0.0/16"
+    network_nat: bool = False
 
     def __post_init__(self) -> None:
         for key, value, choices in (("driver", self.driver, DRIVERS), ("accel", self.accel, ACCELS)):
@@ -68,6 +74,11 @@ class Config:
             for text in texts:
                 if not _PAIR.fullmatch(text):
                     raise ConfigError(f"{key}: {text!r} is neither KEY nor KEY=VALUE of letters, digits and . _ - /")
+        try:
+            if IPv4Network(self.network_cidr).prefixlen > MOST_PREFIX_BITS:
+                raise ValueError(f"at most /{MOST_PREFIX_BITS}: each sandbox gets an address")
+        except ValueError as error:
+            raise ConfigError(f"network_cidr {self.network_cidr!r}: {error}") from error
         if self.scrub_interval_s < 60:
             raise ConfigError(f"scrub_interval_s {self.scrub_interval_s} is below 60 seconds")
         if not 0 < self.boot_deadline_s <= 3600:
@@ -101,6 +112,8 @@ def _typed(name: str, kind: str, value: Any, source: str) -> Any:
         return Path(value)
     if kind == "float" and isinstance(value, int | float) and not isinstance(value, bool):
         return float(value)
+    if kind == "bool" and isinstance(value, bool):
+        return value
     if kind == "int" and isinstance(value, int) and not isinstance(value, bool) and value >= 0:
         return value
     if kind == "str" and isinstance(value, str):

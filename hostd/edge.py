@@ -12,7 +12,7 @@ from hostd.ledger import MemoryRow
 from hostd.lifecycle import Phase
 from hostd.resize import ResizeProgress, ResizeState
 from hostd.sandboxes import Report
-from hostd.spec import DesiredState, ProcessSpec, Resources, SandboxClass, SandboxSpec
+from hostd.spec import Allowed, DesiredState, Network, ProcessSpec, Resources, SandboxClass, SandboxSpec
 from sharedcache.images import ImageRecord
 
 PHASES = {
@@ -86,7 +86,14 @@ def parse_sandbox(sandbox: sandboxes_pb2.Sandbox) -> SandboxSpec:
         cold=spec.cold,
         checkpoint=spec.checkpoint,
         sandbox_class=sandbox_class,
+        network=parse_network(spec.network),
     )
+
+
+def parse_network(network: sandboxes_pb2.Network) -> Network:
+    """What it may talk to. InvalidSpec."""
+    rules = (Allowed(rule.cidr, rule.protocol, rule.first_port, rule.last_port) for rule in network.allow)
+    return Network(network.mode == sandboxes_pb2.NETWORK_VETH, tuple(rules))
 
 
 def render_classes(classes: Iterable[SandboxClass]) -> list[sandboxes_pb2.SandboxClass.ValueType]:
@@ -112,6 +119,7 @@ def render_status(report: Report) -> sandboxes_pb2.SandboxStatus:
         has_exit_code=record.exit_code is not None,
         accel=record.handle.accel if record.handle else "",
         host_pid=record.handle.pid if record.handle else 0,
+        address=record.handle.address if record.handle else "",
         observed_epoch=record.spec.epoch,
         restarts_of_host=record.adoptions,
         origin=record.origin,

@@ -20,7 +20,7 @@ from typing import Any
 from hostd.errors import InvalidSpec, JournalError
 from hostd.lifecycle import Phase
 from hostd.removal import remove_folder
-from hostd.spec import Command, DesiredState, ProcessSpec, Resources, SandboxClass, SandboxSpec
+from hostd.spec import Allowed, Command, DesiredState, Network, ProcessSpec, Resources, SandboxClass, SandboxSpec
 
 SCHEMA = 1
 
@@ -40,6 +40,7 @@ class Handle:
     checkpoint: str = ""  # the id of what it was restored from
     device_mib: int = 0  # the elastic device's size, of which elastic_mib may be used; 0: not known
     plugged: bool = False  # its layers came by hot-plug
+    address: str = ""  # IPv4, of its network
     member: str = ""  # the pool member that it was claimed as: its cgroup and directory go by that name
 
 
@@ -116,8 +117,15 @@ def _spec(values: dict[str, Any]) -> SandboxSpec:
         process=ProcessSpec(**_tuples(values.pop("process"))),
         desired=DesiredState(values.pop("desired")),
         sandbox_class=SandboxClass(values.pop("sandbox_class", SandboxClass.GUEST_KERNEL.value)),
+        network=_network(values.pop("network", None)),
         **values,
     )
+
+
+def _network(values: dict[str, Any] | None) -> Network:
+    if values is None:
+        return Network()
+    return Network(values["veth"], tuple(Allowed(**rule) for rule in values["allow"]))
 
 
 def _tuples(values: dict[str, Any]) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from enum import Enum
+from ipaddress import IPv4Network
 
 from hostd.errors import InvalidSpec
 
@@ -98,6 +99,34 @@ class Command:
 
 
 @dataclass(frozen=True)
+class Allowed:
+    """An IPv4 network that a sandbox may talk to; protocol "" is any, ports 0 to 0 are all."""
+
+    cidr: str
+    protocol: str = ""
+    first_port: int = 0
+    last_port: int = 0
+
+    def __post_init__(self) -> None:
+        try:
+            IPv4Network(self.cidr)
+        except ValueError as error:
+            raise InvalidSpec(f"network {self.cidr!r}: {error}") from error
+        if self.protocol not in ("", "tcp", "udp") or not 0 <= self.first_port <= self.last_port <= 65535:
+            raise InvalidSpec(f"{self.protocol!r} {self.first_port}-{self.last_port} are no protocol and ports")
+        if self.first_port and not self.protocol:
+            raise InvalidSpec(f"ports {self.first_port}-{self.last_port} are of no protocol: say tcp or udp")
+
+
+@dataclass(frozen=True)
+class Network:
+    """A link to the host and what may be talked to over it, or none but its own loopback."""
+
+    veth: bool = False
+    allow: tuple[Allowed, ...] = ()
+
+
+@dataclass(frozen=True)
 class SandboxSpec:
     """One sandbox as assigned to this host."""
 
@@ -115,6 +144,7 @@ class SandboxSpec:
     cold: bool = False  # boot, even where a template could be cloned
     checkpoint: str = ""  # go on from this one instead of starting
     sandbox_class: SandboxClass = SandboxClass.GUEST_KERNEL
+    network: Network = Network()
 
     def __post_init__(self) -> None:
         if not _UID.fullmatch(self.uid):

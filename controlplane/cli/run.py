@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from controlplane import rules
 from controlplane.api.status import Condition
 from controlplane.api.v1 import sandboxes_pb2
-from controlplane.cli import attachment, lookup, sizes
+from controlplane.cli import attachment, lookup, network, sizes
 from controlplane.cli.command import Command, Shell
 from controlplane.cli.connection import CALL_S, Fabric, calling
 from controlplane.cli.console import Console
@@ -54,6 +54,7 @@ class RunOptions:
     detach: bool = False
     remove: bool = False
     cold: bool = False
+    network: sandboxes_pb2.Network = field(default_factory=sandboxes_pb2.Network)
     request_id: str = ""
     affinity: tuple[str, ...] = ()
     tolerations: tuple[str, ...] = ()
@@ -72,6 +73,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-d", "--detach", action="store_true", help="print the name and leave it running")
     parser.add_argument("--rm", dest="remove", action="store_true", help="remove it once it has ended")
     parser.add_argument("--cold", action="store_true", help="boot it, even where a template could be cloned")
+    network.add_options(parser)
     parser.add_argument("--request-id", default="", metavar="ID", help="the same ID again gives the same sandbox")
     where = parser.add_argument_group("where it may go")
     where.add_argument(
@@ -119,6 +121,7 @@ def parse(namespace: argparse.Namespace) -> RunOptions:
         detach=namespace.detach,
         remove=namespace.remove,
         cold=namespace.cold,
+        network=network.parse(namespace),
         request_id=namespace.request_id,
         affinity=tuple(namespace.affinity),
         tolerations=tuple(namespace.tolerate),
@@ -139,6 +142,7 @@ def spec_of(options: RunOptions, size: tuple[int, int] | None) -> sandboxes_pb2.
         process=message_of(options.process, size),
         remove_on_exit=options.remove,
         cold=options.cold,
+        network=options.network,
         labels=options.labels,
         hostname=options.hostname,
     )

@@ -24,6 +24,7 @@ from controlplane.edge.enums import (
     timestamp,
 )
 from controlplane.edge.enums import seconds as seconds_of
+from controlplane.edge.network import parse_network, render_network
 from controlplane.edge.rules import parse_rules, render_rules
 from controlplane.errors import Invalid
 from controlplane.model import DesiredState, Process, Resize, Resources, Sandbox, SandboxSpec, SandboxStatus
@@ -66,17 +67,19 @@ def parse_spec(spec: sandboxes_pb2.SandboxSpec) -> SandboxSpec:
         raise Invalid("spec.hostname", f"it must match {NAME_PATTERN.pattern}")
     if len(spec.labels) > MAX_LABELS:
         raise Invalid("spec.labels", f"{len(spec.labels)} labels, {MAX_LABELS} is the most")
+    sandbox_class = parse_class(getattr(spec, "class"), "spec.class")
     return SandboxSpec(
         image=spec.image,
         resources=parse_resources(spec.resources),
         process=parse_process(spec.process, "spec.process"),
-        sandbox_class=parse_class(getattr(spec, "class"), "spec.class"),
+        sandbox_class=sandbox_class,
         remove_on_exit=spec.remove_on_exit,
         cold=spec.cold,
         labels=_words("spec.labels", spec.labels),
         hostname=spec.hostname,
         restart=parse_restart(spec.restart, "spec.restart"),
         rules=parse_rules(spec.rules),
+        network=parse_network(spec.network, sandbox_class, "spec.network"),
     )
 
 
@@ -172,6 +175,7 @@ def parse_report(request: hosts_pb2.ReportSandboxRequest) -> Report:
         start_phases=tuple((part.name[:64], part.seconds) for part in status.start_phases[:32]),
         accel=status.accel[:32],
         origin=status.origin[:512],
+        address=status.address[:64],
         host_pid=status.host_pid,
         observed_epoch=request.epoch,
         restarts_of_host=status.restarts_of_host,
@@ -239,6 +243,8 @@ def render_spec(spec: SandboxSpec) -> sandboxes_pb2.SandboxSpec:
         checkpoint=spec.checkpoint,
         restart=RESTARTS[spec.restart],
     )
+    if spec.network.veth:
+        message.network.CopyFrom(render_network(spec.network))
     setattr(message, "class", CLASSES[spec.sandbox_class])
     if spec.rules != NO_RULES:
         message.rules.CopyFrom(render_rules(spec.rules))
@@ -256,6 +262,7 @@ def render_status(status: SandboxStatus) -> sandboxes_pb2.SandboxStatus:
         start_phases=[sandboxes_pb2.StartPhase(name=name, seconds=took) for name, took in status.start_phases],
         accel=status.accel,
         origin=status.origin,
+        address=status.address,
         host_pid=status.host_pid,
         observed_epoch=status.observed_epoch,
         restarts_of_host=status.restarts_of_host,

@@ -18,6 +18,9 @@ from hostd.spec import SandboxClass
 CLEAN_UP_ORDER = (SandboxClass.HOST_KERNEL, SandboxClass.USER_KERNEL, SandboxClass.GUEST_KERNEL)
 """A root filesystem is unmounted before anybody removes the folder that it is in."""
 
+WITH_LINKS = (SandboxClass.USER_KERNEL, SandboxClass.HOST_KERNEL)
+"""Classes whose sandboxes can have a link to their host."""
+
 
 def class_of(accel: str) -> SandboxClass:
     """Whose engine it is that runs on `accel` (Handle.accel)."""
@@ -53,6 +56,8 @@ class ByClass:
 
     async def start(self, plan: StartPlan, made: Callable[[Handle], None]) -> Engine:
         """See Driver.start."""
+        if plan.spec.network.veth and plan.spec.sandbox_class not in WITH_LINKS:
+            raise lacking("veth", plan.spec.sandbox_class, tuple(one for one in WITH_LINKS if one in self.drivers))
         return await self.of(plan.spec.sandbox_class).start(plan, made)
 
     async def adopt(self, plan: StartPlan, handle: Handle, offsets: dict[int, int]) -> Engine | None:

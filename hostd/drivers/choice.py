@@ -22,6 +22,7 @@ from hostd.drivers.fake import FakeDriver
 from hostd.drivers.oci import probe
 from hostd.drivers.oci.driver import OciDriver
 from hostd.drivers.oci.mounts import Layers
+from hostd.drivers.oci.network import Links
 from hostd.drivers.qemu.accel import TCG_NOTE, cpu_identity, decide, qemu_version
 from hostd.drivers.qemu.cloning import Cloner
 from hostd.drivers.qemu.command import GuestShape
@@ -96,13 +97,14 @@ async def _oci(config: Config, cgroups: Hierarchy) -> tuple[dict[SandboxClass, D
     drivers: dict[SandboxClass, Driver] = {}
     missing: dict[SandboxClass, str] = {}
     layers = Layers(config.state_dir / "mounts")
+    links = Links(config.network_cidr, config.network_nat)
     for one, name in ((SandboxClass.USER_KERNEL, "runsc"), (SandboxClass.HOST_KERNEL, "crun")):
         runtime, why = await probe.decide(name, cgroups, config.cache_dir)
         log.info("class %s: %s", one.value, why)
         if runtime is None:
             missing[one] = why
         else:
-            drivers[one] = OciDriver(runtime, layers, cgroups)
+            drivers[one] = OciDriver(runtime, layers, cgroups, links=links)
     return drivers, missing
 
 

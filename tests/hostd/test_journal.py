@@ -14,11 +14,12 @@ from hypothesis import strategies as st
 from hostd.errors import JournalError
 from hostd.journal import Handle, Journal, Outcome, Record, decode, encode
 from hostd.lifecycle import Phase
-from hostd.spec import Command, DesiredState, ProcessSpec, Resources, SandboxSpec
+from hostd.spec import Allowed, Command, DesiredState, Network, ProcessSpec, Resources, SandboxSpec
 
 SPEC = SandboxSpec(
     "u-1", "web", "acme", "sha256:1", "web", Resources(256, 512, 300, 1500),
     ProcessSpec(argv=("a", "b"), env=(("K", "v=1"),), tty=True), epoch=7, desired=DesiredState.STOPPED,
+    network=Network(True, (Allowed("192.0.2.0/24", "tcp", 80, 90), Allowed("198.51.100.7/32"))),
 )  # fmt: skip
 FULL = Record(
     SPEC, Phase.STOPPING, Command(("a",), (("K", "v"),), "/", "", False, True, 24, 80),

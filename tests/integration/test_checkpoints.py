@@ -157,7 +157,9 @@ def test_a_user_kernel_sandbox_forks_and_is_restored_and_a_host_kernel_one_says_
         status = fabric.inspect(name)["status"]
         assert (status["accel"].partition("/")[0], status["origin"].split()[0]) == ("runsc", "restored")
     assert len(ids) == 3
-    fabric.start("plain", "--class", "host-kernel", *SIZES, command=("sleep", "1000"))
+    fabric.start("plain", "--class", "host-kernel", "--network", "veth", *SIZES, command=("sleep", "1000"))
+    assert fabric.inspect("plain")["status"]["address"].startswith("10.213.")
+    assert "eth0" in fabric.ok("exec", "plain", "--", "cat", "/proc/net/dev")
     refused = fabric.run("checkpoint", "plain", "--name", "never")
     assert refused.code != 0
     assert "classes that have it: guest-kernel, user-kernel" in refused.err

@@ -131,6 +131,29 @@ RESTART_ON_HOST_LOSS: RestartPolicy.ValueType  # 2
 """it begins anew on another host, with the same name and uid under a new epoch"""
 Global___RestartPolicy: _TypeAlias = RestartPolicy  # noqa: Y015
 
+class _NetworkMode:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _NetworkModeEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_NetworkMode.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    NETWORK_MODE_UNSPECIFIED: _NetworkMode.ValueType  # 0
+    """NETWORK_NONE"""
+    NETWORK_NONE: _NetworkMode.ValueType  # 1
+    """its own loopback and nothing else"""
+    NETWORK_VETH: _NetworkMode.ValueType  # 2
+    """a link to its host under the host's policy; user-kernel and host-kernel only"""
+
+class NetworkMode(_NetworkMode, metaclass=_NetworkModeEnumTypeWrapper): ...
+
+NETWORK_MODE_UNSPECIFIED: NetworkMode.ValueType  # 0
+"""NETWORK_NONE"""
+NETWORK_NONE: NetworkMode.ValueType  # 1
+"""its own loopback and nothing else"""
+NETWORK_VETH: NetworkMode.ValueType  # 2
+"""a link to its host under the host's policy; user-kernel and host-kernel only"""
+Global___NetworkMode: _TypeAlias = NetworkMode  # noqa: Y015
+
 class _ResizeState:
     ValueType = _typing.NewType("ValueType", _builtins.int)
     V: _TypeAlias = ValueType  # noqa: Y015
@@ -289,6 +312,7 @@ class SandboxSpec(_message.Message):
     RESTART_FIELD_NUMBER: _builtins.int
     CHECKPOINT_FIELD_NUMBER: _builtins.int
     RULES_FIELD_NUMBER: _builtins.int
+    NETWORK_FIELD_NUMBER: _builtins.int
     image: _builtins.str
     """name as given; the server resolves image_digest"""
     image_digest: _builtins.str
@@ -311,6 +335,10 @@ class SandboxSpec(_message.Message):
     def rules(self) -> Global___PlacementRules:
         """where it may go"""
 
+    @_builtins.property
+    def network(self) -> Global___Network:
+        """unset: none"""
+
     def __init__(
         self,
         *,
@@ -325,10 +353,11 @@ class SandboxSpec(_message.Message):
         restart: Global___RestartPolicy.ValueType = ...,
         checkpoint: _builtins.str = ...,
         rules: Global___PlacementRules | None = ...,
+        network: Global___Network | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["process", b"process", "resources", b"resources", "rules", b"rules"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["network", b"network", "process", b"process", "resources", b"resources", "rules", b"rules"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["checkpoint", b"checkpoint", "class", b"class", "cold", b"cold", "hostname", b"hostname", "image", b"image", "image_digest", b"image_digest", "labels", b"labels", "process", b"process", "remove_on_exit", b"remove_on_exit", "resources", b"resources", "restart", b"restart", "rules", b"rules"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["checkpoint", b"checkpoint", "class", b"class", "cold", b"cold", "hostname", b"hostname", "image", b"image", "image_digest", b"image_digest", "labels", b"labels", "network", b"network", "process", b"process", "remove_on_exit", b"remove_on_exit", "resources", b"resources", "restart", b"restart", "rules", b"rules"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -373,6 +402,67 @@ class PlacementRules(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___PlacementRules: _TypeAlias = PlacementRules  # noqa: Y015
+
+@_typing.final
+class NetworkRule(_message.Message):
+    """What a sandbox may begin to talk to. Everything else is dropped: its host, other sandboxes, and link-local addresses
+    that are not named by a rule of their own; so is whatever somebody else begins.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CIDR_FIELD_NUMBER: _builtins.int
+    PROTOCOL_FIELD_NUMBER: _builtins.int
+    FIRST_PORT_FIELD_NUMBER: _builtins.int
+    LAST_PORT_FIELD_NUMBER: _builtins.int
+    cidr: _builtins.str
+    """IPv4"""
+    protocol: _builtins.str
+    """tcp or udp; empty: any"""
+    first_port: _builtins.int
+    """with tcp or udp; 0: all ports"""
+    last_port: _builtins.int
+    """0: first_port"""
+    def __init__(
+        self,
+        *,
+        cidr: _builtins.str = ...,
+        protocol: _builtins.str = ...,
+        first_port: _builtins.int = ...,
+        last_port: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cidr", b"cidr", "first_port", b"first_port", "last_port", b"last_port", "protocol", b"protocol"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___NetworkRule: _TypeAlias = NetworkRule  # noqa: Y015
+
+@_typing.final
+class Network(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MODE_FIELD_NUMBER: _builtins.int
+    ALLOW_FIELD_NUMBER: _builtins.int
+    mode: Global___NetworkMode.ValueType
+    @_builtins.property
+    def allow(self) -> _containers.RepeatedCompositeFieldContainer[Global___NetworkRule]:
+        """at most 64"""
+
+    def __init__(
+        self,
+        *,
+        mode: Global___NetworkMode.ValueType = ...,
+        allow: _abc.Iterable[Global___NetworkRule] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["allow", b"allow", "mode", b"mode"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Network: _TypeAlias = Network  # noqa: Y015
 
 @_typing.final
 class Assignment(_message.Message):
@@ -475,6 +565,7 @@ class SandboxStatus(_message.Message):
     HOST_PID_FIELD_NUMBER: _builtins.int
     OBSERVED_EPOCH_FIELD_NUMBER: _builtins.int
     RESTARTS_OF_HOST_FIELD_NUMBER: _builtins.int
+    ADDRESS_FIELD_NUMBER: _builtins.int
     phase: Global___Phase.ValueType
     reason: _builtins.str
     """CamelCase, stable: ImageMissing, VmmExited, AgentLost, ..."""
@@ -492,6 +583,8 @@ class SandboxStatus(_message.Message):
     observed_epoch: _builtins.int
     restarts_of_host: _builtins.int
     """how often hostd re-adopted it"""
+    address: _builtins.str
+    """IPv4, with NETWORK_VETH"""
     @_builtins.property
     def resize(self) -> Global___ResizeStatus: ...
     @_builtins.property
@@ -517,10 +610,11 @@ class SandboxStatus(_message.Message):
         host_pid: _builtins.int = ...,
         observed_epoch: _builtins.int = ...,
         restarts_of_host: _builtins.int = ...,
+        address: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["finished_at", b"finished_at", "resize", b"resize", "started_at", b"started_at"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["accel", b"accel", "exit_code", b"exit_code", "finished_at", b"finished_at", "has_exit_code", b"has_exit_code", "host_pid", b"host_pid", "message", b"message", "observed_epoch", b"observed_epoch", "origin", b"origin", "phase", b"phase", "reason", b"reason", "resize", b"resize", "restarts_of_host", b"restarts_of_host", "start_phases", b"start_phases", "started_at", b"started_at"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["accel", b"accel", "address", b"address", "exit_code", b"exit_code", "finished_at", b"finished_at", "has_exit_code", b"has_exit_code", "host_pid", b"host_pid", "message", b"message", "observed_epoch", b"observed_epoch", "origin", b"origin", "phase", b"phase", "reason", b"reason", "resize", b"resize", "restarts_of_host", b"restarts_of_host", "start_phases", b"start_phases", "started_at", b"started_at"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

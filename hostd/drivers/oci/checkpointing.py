@@ -89,6 +89,8 @@ class OciCheckpointing:
         if not isinstance(engine, OciEngine):
             raise CannotCheckpoint("only sandboxes of class user-kernel can be checkpointed by runsc")
         config = json.loads((engine.place.folder / "config.json").read_text())
+        if engine.place.netns is not None:
+            raise CannotCheckpoint("it has a network, whose connections a user-space kernel cannot carry over")
         if config["process"]["terminal"]:
             raise CannotCheckpoint("its main process has a terminal, which a user-space kernel cannot carry over")
         if engine.others():

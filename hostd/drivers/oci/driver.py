@@ -6,6 +6,7 @@
         agent.sock        where the sandbox's monitor listens (hostd/drivers/oci/src)
         state             the runtime's own state
         monitor.log, runtime.log
+    beside them, for a sandbox with a link to its host, what hostd/drivers/oci/network.py makes
 
 The monitor and all that the runtime starts are in the sandbox's cgroup: what is in it is the sandbox, also when hostd
 knows no pid of it any more. Needs root: mounts, cgroups, namespaces; there is no rootless mode.
@@ -38,6 +39,7 @@ from hostd.drivers.oci.checkpointing import Beginning, OciCheckpointing, go_on
 from hostd.drivers.oci.engine import OciEngine, Place
 from hostd.drivers.oci.monitor import MONITOR
 from hostd.drivers.oci.mounts import Layers
+from hostd.drivers.oci.network import Links
 from hostd.drivers.oci.plan import limits_for, upper_mib
 from hostd.drivers.oci.runtime import Runtime
 from hostd.errors import AgentLost, ConfigError, HostdError, StartFailed
@@ -49,6 +51,9 @@ from hostd.tasks import to_its_end
 GREET_DEADLINE_S = 10.0
 KILL_DEADLINE_S = 5.0
 LOG_TAIL_BYTES = 400
+COVERED = "/proc/sys/net"
+"""runsc takes a network namespace in which rmem_default is here for the host's and refuses to use it; since Linux 6.13
+every one has it."""
 
 
 def require_root() -> None:
@@ -72,6 +77,7 @@ class OciDriver:
         layers: Layers,
         cgroups: Hierarchy,
         *,
+        links: Links | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         require_root()
@@ -79,7 +85,7 @@ class OciDriver:
             state = layers.root / "crun-state"
             state.mkdir(exist_ok=True, mode=0o700)
             runtime = replace(runtime, state=state)
-        self.runtime, self.layers, self.cgroups = runtime, layers, cgroups
+        self.runtime, self.layers, self.cgroups, self.links = runtime, layers, cgroups, links or Links()
         self._clock = clock
         self.checkpointing: Checkpointing | None = None
         if runtime.checkpoints:
@@ -118,7 +124,10 @@ class OciDriver:
         await self.destroy(plan.spec.uid, plan.folder, None if failed else launch.result())
 
     def _place(self, plan: StartPlan) -> Place:
-        return Place(plan.spec.uid, plan.spec.hostname, plan.folder, self.runtime, self.cgroups)
+        spec, runtime, netns = plan.spec, self.runtime, None
+        if spec.network.veth:
+            runtime, netns = replace(runtime, network="sandbox"), self.links.namespace(spec.uid)
+        return Place(spec.uid, spec.hostname, plan.folder, runtime, self.cgroups, netns)
 
     def _launch(self, plan: StartPlan, beginning: Beginning) -> Handle:
         """Makes directory and cgroup, starts the monitor and mounts while that joins its cgroup, which the kernel takes
@@ -126,10 +135,14 @@ class OciDriver:
         spec = plan.spec
         plan.folder.mkdir(parents=True, mode=0o700)
         procs = self.cgroups.create(spec.uid, limits_for(spec.resources, self.runtime))
-        pid = self._start_monitor(plan.folder, procs, beginning.offsets)
+        cover = COVERED if spec.network.veth and self.runtime.name == "runsc" else ""
+        pid = self._start_monitor(plan.folder, procs, beginning.offsets, cover)
         ticks = start_ticks(pid)
         fill = beginning.fill
+        address = ""
         try:
+            if spec.network.veth:
+                address = self.links.make(spec.uid, spec.network).address
             if fill is None:
                 self.layers.mount_rootfs(plan.folder, plan.layers, upper_mib(spec.resources))
                 identity.write(plan.folder / "rootfs", spec.uid, spec.hostname)
@@ -146,15 +159,16 @@ class OciDriver:
             raise StartFailed(f"the monitor ended at once: {_said(plan.folder)}", reason="VmmExited")
         ceiling_mib = spec.resources.memory_max_mib
         handle = Handle(pid, ticks, plan.vm_uid, self.runtime.accel, 0, ceiling_mib, os.cpu_count() or 1)
-        return replace(handle, checkpoint=spec.checkpoint)
+        return replace(handle, checkpoint=spec.checkpoint, address=address)
 
-    def _start_monitor(self, folder: Path, procs: list[Path], begin: tuple[int, int]) -> int:
+    def _start_monitor(self, folder: Path, procs: list[Path], begin: tuple[int, int], cover: str) -> int:
         """Its socket listens before it runs, so that nobody has to wait for it."""
         with socket.socket(socket.AF_UNIX) as listener, (folder / "monitor.log").open("wb") as log:
             listener.bind(str(folder / "agent.sock"))
             listener.listen(4)
             argv = [str(MONITOR), str(folder), str(listener.fileno()), *(["--init"] if self.runtime.init else [])]
             argv += ["--hide", self.runtime.hide] if self.runtime.hide else []
+            argv += ["--cover", cover] if cover else []
             argv += ["--begin", *map(str, begin)] if any(begin) else []
             argv += ["--", *map(str, procs)]
             try:
@@ -212,6 +226,8 @@ class OciDriver:
         if handle is not None:
             await self._reap(handle)
         await asyncio.to_thread(self.layers.unmount_rootfs, folder)
+        if handle is None or handle.address:
+            await asyncio.to_thread(self.links.remove, uid)
         if self.runtime.state is not None:
             await asyncio.to_thread(remove_folder, self.runtime.state / uid)
         await asyncio.to_thread(remove_folder, folder)

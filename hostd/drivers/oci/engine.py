@@ -67,6 +67,7 @@ class Place:
     folder: Path
     runtime: Runtime
     cgroups: Hierarchy
+    netns: Path | None = None  # None: a new one with lo only
 
     @property
     def rootfs(self) -> Path:
@@ -233,7 +234,7 @@ class OciEngine:
         place, runtime = self.place, self.place.runtime
         asked = asked_of(command, proc)
         if proc == MAIN_PROC:
-            shape = BundleShape(place.rootfs, place.hostname, open_files=open_files())
+            shape = BundleShape(place.rootfs, place.hostname, netns=place.netns, open_files=open_files())
             if runtime.name == "crun":
                 shape = replace(shape, init=runtime.init, machine=os.uname().machine, root_hook=MONITOR)
             document, name = config_json(command, identity, shape), "config.json"

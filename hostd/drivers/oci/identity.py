@@ -22,7 +22,7 @@ def files(uid: str, hostname: str) -> dict[str, str]:
         "hostname": f"{hostname}\n",
         "hosts": f"127.0.0.1\tlocalhost\n::1\tlocalhost ip6-localhost ip6-loopback\n127.0.1.1\t{hostname}\n",
         "machine-id": f"{machine_id(uid)}\n",
-        "resolv.conf": "# This sandbox has no network.\n",
+        "resolv.conf": "# No name server is given to this sandbox.\n",
     }
 
 

@@ -41,6 +41,7 @@ class Runtime:
     hide: str = ""
     state: Path | None = None
     version: str = ""  # its own words
+    network: str = "none"  # runsc's: "sandbox" takes over what is in the network namespace
     checkpoints: bool = False  # whether it can save a container and go on from that, by trying (probe.py)
 
     @property
@@ -58,7 +59,7 @@ class Runtime:
         state = [f"--root={self.state or folder / 'state'}", f"--log={folder / 'runtime.log'}", "--log-format=json"]
         if self.name == "crun":
             return [self.binary, *state, "--cgroup-manager=disabled"]
-        return [self.binary, *state, f"--platform={self.platform}", "--network=none", "--ignore-cgroups"]
+        return [self.binary, *state, f"--platform={self.platform}", f"--network={self.network}", "--ignore-cgroups"]
 
     def _process(self, folder: Path, proc: int, tty: bool) -> list[str]:
         options = ["--detach", "--pid-file", str(folder / f"{proc}.pid")]

@@ -190,6 +190,8 @@ static void set_up(struct monitor *monitor, int argc, char **argv) {
             monitor->settings.with_init = true;
         } else if (strcmp(argv[at], "--hide") == 0 && at + 1 < argc) {
             monitor->settings.hide = argv[++at];
+        } else if (strcmp(argv[at], "--cover") == 0 && at + 1 < argc) {
+            monitor->settings.cover = argv[++at];
         } else if (strcmp(argv[at], "--begin") == 0 && at + 2 < argc &&
                    parse_u64(argv[at + 1], strlen(argv[at + 1]), &monitor->settings.begin[0]) &&
                    parse_u64(argv[at + 2], strlen(argv[at + 2]), &monitor->settings.begin[1])) {

@@ -1,6 +1,7 @@
 /* The per-sandbox monitor: holds what must outlive hostd (pipes, terminals, exit statuses), and nothing else.
  *
- *     sandloom-monitor FOLDER LISTENER [--init] [--hide PATH] [--begin OUT ERR] -- CGROUP_PROCS...
+ *     sandloom-monitor FOLDER LISTENER [--init] [--hide PATH] [--cover PATH]
+ *         [--begin OUT ERR] -- CGROUP_PROCS...
  *
  * It speaks the agent protocol (guestagent/PROTOCOL.md) on FOLDER/agent.sock, as a guest's agent does on its
  * port. START's argv is the command of an OCI runtime that detaches: `crun run --detach`, `runsc exec
@@ -10,8 +11,8 @@
  *
  * --init: process 1 runs behind our own init (init.c), which gets its program as descriptor 3 and a socket
  * for its reports as descriptor 4, with which the kernel tells init's pid. --hide: a mount that the runtime
- * must not see (crun refuses cgroup v1 beside v2). --begin: how much main had printed before, in a sandbox
- * that goes on from a checkpoint.
+ * must not see (crun refuses cgroup v1 beside v2); --cover: a folder that is empty for it. --begin: how much
+ * main had printed before, in a sandbox that goes on from a checkpoint.
  *
  * FREEZE and THAW frame a checkpoint, which ends the runtime's process (hold.c): what is held does not count
  * as ended, keeps its pipes, and is started again by THAW with the command in FOLDER/again.
@@ -70,7 +71,7 @@ struct process {
 
 struct settings {
     bool with_init;
-    const char *hide;
+    const char *hide, *cover;
     uint64_t begin[2]; /* offsets of main's streams */
     int program;       /* our own executable, for init */
 };

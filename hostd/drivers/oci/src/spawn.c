@@ -98,10 +98,15 @@ static _Noreturn void complain(const char *what, const char *which) {
     _exit(done < 0 ? 126 : 127);
 }
 
-static void hide(const char *path) {
-    if (unshare(CLONE_NEWNS) < 0 || mount(NULL, "/", NULL, MS_REC | MS_SLAVE, NULL) < 0 ||
-        (umount2(path, MNT_DETACH) < 0 && errno != EINVAL)) {
-        complain("cannot hide ", path);
+static void hide(const struct settings *settings) {
+    if (unshare(CLONE_NEWNS) < 0 || mount(NULL, "/", NULL, MS_REC | MS_SLAVE, NULL) < 0) {
+        complain("cannot have its own mounts", "");
+    }
+    if (settings->hide != NULL && umount2(settings->hide, MNT_DETACH) < 0 && errno != EINVAL) {
+        complain("cannot hide ", settings->hide);
+    }
+    if (settings->cover != NULL && mount("none", settings->cover, "tmpfs", MS_RDONLY, "size=4k") < 0) {
+        complain("cannot cover ", settings->cover);
     }
 }
 
@@ -125,8 +130,8 @@ static _Noreturn void child(char **argv, char **env, struct child_fds fds, const
         errno != EACCES) { /* EACCES: it was above, and may not go down */
         complain("cannot set ", "/proc/self/oom_score_adj");
     }
-    if (settings->hide != NULL) {
-        hide(settings->hide);
+    if (settings->hide != NULL || settings->cover != NULL) {
+        hide(settings);
     }
     sigset_t none;
     sigemptyset(&none);
