@@ -26,7 +26,7 @@ from google.protobuf.message import DecodeError
 
 from controlplane import access
 from controlplane.api.errors import ControlPlaneError
-from controlplane.api.identity import NAME_PATTERN, Identity, Role, peer_identity, peer_serial
+from controlplane.api.identity import NAME_PATTERN, TENANT_HEADER, Identity, Role, peer_identity, peer_serial
 from controlplane.api.status import HOST_REMOVED, Condition, Failure, abort, parse_error
 from controlplane.errors import Denied, IdentityError, Invalid, NotFound, OperationError, Unavailable
 from controlplane.tenancy import DEFAULT_TENANT
@@ -40,7 +40,6 @@ if TYPE_CHECKING:
 else:
     Interceptor = grpc.aio.ServerInterceptor
 
-TENANT_HEADER = "sandloom-tenant"
 UNARY_DEADLINE_S = 30.0
 """How long a call that answers once may take when the client set no deadline of its own."""
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import grpc
 
 from controlplane.api.errors import TlsError
-from controlplane.api.identity import CONTROLPLANE_SERVER_NAME
+from controlplane.api.identity import CONTROLPLANE_SERVER_NAME, TENANT_HEADER
 
 KEEPALIVE_S = 10
 """A peer that is silent this long is asked whether it is still there, also while a stream is idle."""
@@ -55,13 +55,30 @@ def _read(path: Path) -> bytes:
     return content
 
 
-def connect(address: str, tls: TlsFiles, *, server_name: str = CONTROLPLANE_SERVER_NAME) -> grpc.aio.Channel:
-    """A channel to `address` (host:port) that only talks to `server_name`. Owns nothing until used; close it
-    (`async with`). TlsError when a file cannot be read."""
+def connect(
+    address: str, tls: TlsFiles, *, server_name: str = CONTROLPLANE_SERVER_NAME, tenant: str = ""
+) -> grpc.aio.Channel:
+    """A channel to `address` (host:port) that only talks to `server_name`; an operator's calls are for `tenant`. Owns
+    nothing until used; close it (`async with`). TlsError when a file cannot be read."""
     ca, cert, key = tls.read()
     credentials = grpc.ssl_channel_credentials(root_certificates=ca, private_key=key, certificate_chain=cert)
+    if tenant:
+        credentials = grpc.composite_channel_credentials(
+            credentials, grpc.metadata_call_credentials(_ActingFor(tenant), name="tenant")
+        )
     options = [*_KEEPALIVE, ("grpc.ssl_target_name_override", server_name), ("grpc.enable_retries", 0)]
     return grpc.aio.secure_channel(address, credentials, options=options)
+
+
+class _ActingFor(grpc.AuthMetadataPlugin):
+    """Says with each call for which tenant it is."""
+
+    def __init__(self, tenant: str) -> None:
+        self._metadata = ((TENANT_HEADER, tenant),)
+
+    def __call__(self, context: grpc.AuthMetadataContext, callback: grpc.AuthMetadataPluginCallback) -> None:
+        """Called by grpc for each call."""
+        callback(self._metadata, None)
 
 
 def server_credentials(tls: TlsFiles) -> grpc.ServerCredentials:

@@ -20,6 +20,9 @@ TRUST_DOMAIN = "sandloom"
 CONTROLPLANE_SERVER_NAME = "controlplane.sandloom"
 """The DNS SAN of every control plane's certificate."""
 
+TENANT_HEADER = "sandloom-tenant"
+"""The metadata by which an operator says for which tenant a call is."""
+
 NAME_PATTERN = re.compile(r"[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?")
 """A DNS label (RFC 1123): host, tenant, operator and sandbox names."""
 

@@ -44,7 +44,7 @@ _sandloom() {
   case "$command $prev" in
 @values@
     *" --home"|*" --tls-dir") _sandloom_files "$cur"; return 0 ;;
-    *" --address") return 0 ;;
+    *" --address"|*" --context"|*" --tenant") return 0 ;;
   esac
   case "$command" in
 @commands@

@@ -21,7 +21,9 @@ from controlplane.api.v1 import (
     images_pb2_grpc,
     pools_pb2_grpc,
     sandboxes_pb2_grpc,
+    tenants_pb2_grpc,
 )
+from controlplane.cli.contexts import NamedContext
 from controlplane.cli.errors import CallFailed, CliError, Unreachable
 from controlplane.cli.home import Context, Home, load_context
 
@@ -46,11 +48,14 @@ REMEDIES: Remedies = {
 
 @dataclass(frozen=True)
 class Target:
-    """What the command line says about the connection: `--address` and `--tls-dir` win over the context file."""
+    """What the command line says about the connection: `--address`, `--tls-dir` and `--tenant` win over `context`, and
+    that over the context file of `home`."""
 
     home: Home
     address: str = ""
     tls_dir: Path | None = None
+    context: NamedContext | None = None
+    tenant: str = ""
 
 
 @dataclass(frozen=True)
@@ -63,16 +68,17 @@ class Fabric:
     hosts: hosts_pb2_grpc.HostsAsyncStub
     pools: pools_pb2_grpc.PoolsAsyncStub
     checkpoints: checkpoints_pb2_grpc.CheckpointsAsyncStub
+    tenants: tenants_pb2_grpc.TenantsAsyncStub
 
 
 def resolve(target: Target) -> Context:
     """The context to use. NoFabric when neither flags nor a context file say; CliError names a missing TLS file."""
     if target.tls_dir is None:
-        base = load_context(target.home)
+        base = _kept(target)
         context = Context(target.address or base.address, base.tls_ca, base.tls_cert, base.tls_key)
     else:
-        address = target.address or load_context(target.home).address
-        folder, stem = target.tls_dir, _stem(target.tls_dir)
+        address = target.address or _kept(target).address
+        folder, stem = target.tls_dir, stem_in(target.tls_dir)
         context = Context(address, folder / "ca.crt", folder / f"{stem}.crt", folder / f"{stem}.key")
     for path in (context.tls_ca, context.tls_cert, context.tls_key):
         if not os.access(path, os.R_OK):
@@ -80,7 +86,16 @@ def resolve(target: Target) -> Context:
     return context
 
 
-def _stem(folder: Path) -> str:
+def _kept(target: Target) -> Context:
+    """What is kept in a file: the named context, else HOME's own fabric."""
+    named = target.context
+    if named is None:
+        return load_context(target.home)
+    return Context(named.address, Path(named.tls_ca), Path(named.tls_cert), Path(named.tls_key))
+
+
+def stem_in(folder: Path) -> str:
+    """Whose certificate a folder holds: an operator's, else a tenant's."""
     return next((stem for stem in CLIENT_STEMS if (folder / f"{stem}.crt").exists()), CLIENT_STEMS[0])
 
 
@@ -89,7 +104,8 @@ async def open_fabric(target: Target) -> AsyncIterator[Fabric]:
     """The stubs, and a channel that is closed afterwards. Nothing is sent before the first call."""
     context = resolve(target)
     tls = TlsFiles(context.tls_ca, context.tls_cert, context.tls_key)
-    async with connect(context.address, tls) as channel:
+    tenant = target.tenant or (target.context.tenant if target.context else "")
+    async with connect(context.address, tls, tenant=tenant) as channel:
         yield Fabric(
             context.address,
             sandboxes_pb2_grpc.SandboxesStub(channel),
@@ -97,6 +113,7 @@ async def open_fabric(target: Target) -> AsyncIterator[Fabric]:
             hosts_pb2_grpc.HostsStub(channel),
             pools_pb2_grpc.PoolsStub(channel),
             checkpoints_pb2_grpc.CheckpointsStub(channel),
+            tenants_pb2_grpc.TenantsStub(channel),
         )
 
 

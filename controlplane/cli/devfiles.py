@@ -2,7 +2,7 @@
 
 HOME/tls/ca/           the authority (controlplane.ca)
 HOME/tls/              ca.crt, and <role>.crt and .key of operator, controlplane and host
-HOME/controlplane.toml listen, store, tls_ca, tls_cert, tls_key
+HOME/controlplane.toml listen, store, tls_ca, tls_cert, tls_key, ca_dir, join_listen
 HOME/hostd.toml        as hostd/config.py has it; also remembers what `dev up` was told the first time
 """
 
@@ -64,7 +64,10 @@ def controlplane_toml(home: Home, listen: str) -> str:
     """The control plane's configuration."""
     tls = tls_files(home, Role.CONTROLPLANE)
     store = f"sqlite:{home.store / 'sandloom.db'}"
-    return toml({"listen": listen, "store": store, "tls_ca": tls.ca, "tls_cert": tls.cert, "tls_key": tls.key})
+    return toml({
+        "listen": listen, "store": store, "tls_ca": tls.ca, "tls_cert": tls.cert, "tls_key": tls.key,
+        "ca_dir": home.tls / "ca", "join_listen": ANY_PORT,
+    })  # fmt: skip
 
 
 def cgroup_name(home: Home) -> str:
@@ -72,11 +75,11 @@ def cgroup_name(home: Home) -> str:
     return f"sandloom-{hashlib.sha256(str(home.root).encode()).hexdigest()[:12]}"
 
 
-def hostd_toml(home: Home, settings: HostSettings, controlplane: str) -> str:
+def hostd_toml(home: Home, settings: HostSettings, controlplane: str, listen: str = ANY_PORT) -> str:
     """hostd's configuration."""
     tls = tls_files(home, Role.HOST)
     return toml({
-        "host": settings.name, "state_dir": home.state, "run_dir": home.run, "listen": ANY_PORT,
+        "host": settings.name, "state_dir": home.state, "run_dir": home.run, "listen": listen,
         "controlplane": controlplane, "tls_ca": tls.ca, "tls_cert": tls.cert, "tls_key": tls.key,
         "cgroup": cgroup_name(home), "accel": settings.accel, "memory_reserve_mib": settings.memory_reserve_mib,
     })  # fmt: skip

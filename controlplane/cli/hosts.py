@@ -9,11 +9,17 @@ from controlplane.cli.devup import list_hosts
 from controlplane.cli.output import Column, plain
 
 Host = hosts_pb2.Host
-STATE_COLOURS = {hosts_pb2.READY: "green", hosts_pb2.LOST: "red"}
+STATE_COLOURS = {
+    hosts_pb2.READY: "green",
+    hosts_pb2.LOST: "red",
+    hosts_pb2.CORDONED: "yellow",
+    hosts_pb2.DRAINING: "yellow",
+    hosts_pb2.DRAINED: "yellow",
+}
 
 
 def state_text(host: Host) -> str:
-    """`ready`, `lost`."""
+    """`ready`, `cordoned`, `draining`, `drained`, `lost`."""
     return hosts_pb2.HostState.Name(host.state).lower().removeprefix("host_state_")
 
 
@@ -40,6 +46,7 @@ def columns(now_s: float) -> tuple[Column[Host], ...]:
         Column("QEMU", lambda row: row.qemu_version, wide=True),
         Column("CGROUPS", lambda row: row.cgroup_version, wide=True),
         Column("ADDRESS", lambda row: row.runtime_address, wide=True),
+        Column("FEATURES", lambda row: ",".join(row.kernel_features), wide=True),
         Column("NOTE", lambda row: row.isolation_note, wide=True),
     )
 
@@ -63,4 +70,12 @@ COMMAND = Command(
     parse=lambda ns: None,
     act=act,
     examples=("sandloom hosts", "sandloom hosts -o wide"),
+)
+LS = Command(
+    words=("hosts", "ls"),
+    summary="the same",
+    configure=add_output,
+    parse=lambda ns: None,
+    act=act,
+    examples=("sandloom hosts ls",),
 )

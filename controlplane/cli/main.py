@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from controlplane.api.errors import ControlPlaneError
-from controlplane.cli import parser
+from controlplane.cli import contexts, parser
 from controlplane.cli.command import Shell
 from controlplane.cli.commands import TABLE
 from controlplane.cli.connection import Target
@@ -44,7 +44,9 @@ class Ended:
 def shell_for(shared: parser.Globals, environ: Mapping[str, str]) -> Shell:
     """The Shell that the global options ask for."""
     home = Home(shared.home) if shared.home else default_home(environ, root=os.geteuid() == 0)
-    return Shell(Target(home, shared.address, shared.tls_dir), Printer(shared.form), environ, quiet=shared.quiet)
+    context = contexts.chosen(shared.context, home_named=shared.home is not None, environ=environ)
+    target = Target(home, shared.address, shared.tls_dir, context, shared.tenant)
+    return Shell(target, Printer(shared.form), environ, quiet=shared.quiet)
 
 
 def main(

@@ -1,6 +1,7 @@
 """The command line as a value: which command, its options, and what holds for all of them. Pure; prints only help.
 
-    sandloom [--home D] [--address A] [--tls-dir D] [-q] NOUN [VERB] [options] [-- PROGRAM ARGS]
+    sandloom [--home D] [--context C] [--tenant T] [--address A] [--tls-dir D] [-q] NOUN [VERB] [options]
+             [-- PROGRAM ARGS]
 
 The global options may also stand after the command. What follows `--` belongs to the program that is run and is
 never looked at.
@@ -20,7 +21,7 @@ from controlplane.cli.command import AnyCommand
 from controlplane.cli.errors import EXIT_USAGE, CliError, UsageError
 
 PROGRAM = "sandloom"
-GLOBALS_WITH_VALUE = ("--home", "--address", "--tls-dir")
+GLOBALS_WITH_VALUE = ("--home", "--address", "--tls-dir", "--context", "--tenant")
 GLOBALS = (*GLOBALS_WITH_VALUE, "-q", "--quiet", "-h", "--help")
 Table = Mapping[tuple[str, ...], AnyCommand]
 
@@ -42,6 +43,8 @@ class Globals:
     tls_dir: Path | None = None
     quiet: bool = False
     form: str = "table"
+    context: str = ""
+    tenant: str = ""
 
 
 @dataclass(frozen=True)
@@ -120,6 +123,8 @@ def overview(table: Table, prefix: tuple[str, ...] = ()) -> str:
     lines += ["commands:"]
     lines += [f"  {' '.join(command.words):{width}}{command.summary}" for command in shown]
     lines += ["", "options of every command:", "  --home DIR       where `dev up` keeps its fabric ($SANDLOOM_HOME)"]
+    lines += ["  --context NAME   the fabric to talk to (`sandloom context ls`)"]
+    lines += ["  --tenant NAME    act for this tenant (operators only)"]
     lines += [
         "  --address H:P    the control plane to talk to",
         "  --tls-dir DIR    ca.crt, operator.crt, operator.key",
@@ -143,6 +148,8 @@ def build(command: AnyCommand) -> argparse.ArgumentParser:
         parser.usage = parser.format_usage().removeprefix("usage: ").rstrip() + " -- PROGRAM [ARG ...]"
     group = parser.add_argument_group("options of every command")
     group.add_argument("--home", type=Path, metavar="DIR", help="where `dev up` keeps its fabric ($SANDLOOM_HOME)")
+    group.add_argument("--context", default="", metavar="NAME", help="the fabric to talk to ($SANDLOOM_CONTEXT)")
+    group.add_argument("--tenant", default="", metavar="NAME", help="act for this tenant (operators only)")
     group.add_argument("--address", default="", metavar="HOST:PORT", help="the control plane to talk to")
     group.add_argument("--tls-dir", type=Path, metavar="DIR", help="holds ca.crt, operator.crt, operator.key")
     group.add_argument("-q", "--quiet", action="store_true", help="no progress and no notes")
@@ -158,7 +165,7 @@ def parse(argv: Sequence[str], table: Table) -> Invocation:
     namespace.program = program
     shared = Globals(
         namespace.home.absolute() if namespace.home else None, namespace.address, namespace.tls_dir, namespace.quiet,
-        getattr(namespace, "form", "table"),
+        getattr(namespace, "form", "table"), namespace.context, namespace.tenant,
     )  # fmt: skip
     return Invocation(command, command.parse(namespace), shared)
 

@@ -30,6 +30,10 @@ CLASSES = {
     "user-kernel": sandboxes_pb2.USER_KERNEL,
     "host-kernel": sandboxes_pb2.HOST_KERNEL,
 }
+RESTARTS = {
+    "never": sandboxes_pb2.RESTART_NEVER,
+    "on-host-loss": sandboxes_pb2.RESTART_ON_HOST_LOSS,
+}
 CREATE_TRIES = 3
 GONE_S = 30.0  # how long a host may take to let go of a sandbox that ended
 NUDGE_S = 2.0  # after that much of it the removal is asked for outright
@@ -60,6 +64,7 @@ class RunOptions:
     tolerations: tuple[str, ...] = ()
     spread: str = ""
     trust: tuple[str, ...] = ()
+    restart: str = ""
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -74,6 +79,10 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rm", dest="remove", action="store_true", help="remove it once it has ended")
     parser.add_argument("--cold", action="store_true", help="boot it, even where a template could be cloned")
     network.add_options(parser)
+    parser.add_argument(
+        "--restart", choices=tuple(RESTARTS), default="",
+        help="whether it begins anew elsewhere when its host is lost or drained; with -d on-host-loss, else never",
+    )  # fmt: skip
     parser.add_argument("--request-id", default="", metavar="ID", help="the same ID again gives the same sandbox")
     where = parser.add_argument_group("where it may go")
     where.add_argument(
@@ -127,7 +136,16 @@ def parse(namespace: argparse.Namespace) -> RunOptions:
         tolerations=tuple(namespace.tolerate),
         spread=namespace.spread or "",
         trust=tuple(dict.fromkeys(namespace.trust)),
+        restart=namespace.restart,
     )
+
+
+def restart_of(options: RunOptions) -> sandboxes_pb2.RestartPolicy.ValueType:
+    """What was asked for; else what is detached begins anew, and what somebody waits for does not."""
+    if options.restart:
+        return RESTARTS[options.restart]
+    stays = options.detach and not options.remove
+    return sandboxes_pb2.RESTART_ON_HOST_LOSS if stays else sandboxes_pb2.RESTART_NEVER
 
 
 def spec_of(options: RunOptions, size: tuple[int, int] | None) -> sandboxes_pb2.SandboxSpec:
@@ -145,6 +163,7 @@ def spec_of(options: RunOptions, size: tuple[int, int] | None) -> sandboxes_pb2.
         network=options.network,
         labels=options.labels,
         hostname=options.hostname,
+        restart=restart_of(options),
     )
     where = sandboxes_pb2.PlacementRules(
         affinity=options.affinity, tolerations=options.tolerations, spread=options.spread, trust=options.trust

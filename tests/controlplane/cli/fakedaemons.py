@@ -22,7 +22,7 @@ from controlplane.api.identity import CONTROLPLANE_SERVER_NAME
 from controlplane.api.v1 import hosts_pb2, hosts_pb2_grpc
 from tests.controlplane.cli.fakefabric import FakeFabric
 
-CONTROLPLANE_KEYS = {"listen", "store", "tls_ca", "tls_cert", "tls_key"}
+CONTROLPLANE_KEYS = {"listen", "store", "tls_ca", "tls_cert", "tls_key", "ca_dir", "join_listen"}
 
 
 def tls_of(config: dict[str, Any]) -> TlsFiles:

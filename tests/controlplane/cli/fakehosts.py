@@ -1,9 +1,10 @@
-"""The fake fabric's Hosts and Tenants: what operators do with them, without any host or tenant behind."""
+"""The fake fabric's Hosts: what operators do with them, without any host behind."""
 
 from __future__ import annotations
 
 from typing import Any
 
+from controlplane.api.identity import TENANT_HEADER
 from controlplane.api.v1 import hosts_pb2, hosts_pb2_grpc
 
 
@@ -14,12 +15,14 @@ class FakeHosts(hosts_pb2_grpc.HostsServicer):
         super().__init__()
         self.hosts: dict[str, hosts_pb2.Host] = {}
         self.tokens: list[hosts_pb2.CreateJoinTokenRequest] = []
+        self.tenants_asked: list[str] = []
         self.stuck: dict[str, hosts_pb2.DrainBlocker] = {}
 
     def GetHost(self, request: Any, context: Any) -> hosts_pb2.Host:
         return self.hosts[request.name]
 
     def ListHosts(self, request: Any, context: Any) -> hosts_pb2.ListHostsResponse:
+        self.tenants_asked += [value for key, value in context.invocation_metadata() if key == TENANT_HEADER]
         return hosts_pb2.ListHostsResponse(hosts=list(self.hosts.values()))
 
     def CordonHost(self, request: Any, context: Any) -> hosts_pb2.Host:

@@ -166,6 +166,7 @@ def test_the_spec_says_what_was_asked(fabric: FakeFabric, cli: Cli) -> None:
         process=sandboxes_pb2.Process(argv=["three", "-x", "--rm"], env={"A": "b=c"}, workdir="/srv", user="nobody"),
         labels={"k": "v"},
         hostname="host",
+        restart=sandboxes_pb2.RESTART_NEVER,
     )
 
 
@@ -176,3 +177,16 @@ def test_no_room_tells_the_numbers(fabric: FakeFabric, cli: Cli) -> None:
     done = cli("run", "debian", "--", "true")
     assert done.code == 125
     assert "no host has 900 MiB free (most_free_mib=512): ask for less --memory" in done.err
+
+
+def test_what_is_detached_begins_anew_elsewhere_unless_told_otherwise(fabric: FakeFabric, cli: Cli) -> None:
+    fabric.programs["three"] = lambda process: 0
+    for options, policy in (
+        ((), sandboxes_pb2.RESTART_ON_HOST_LOSS),
+        (("--restart", "never"), sandboxes_pb2.RESTART_NEVER),
+        (("--rm",), sandboxes_pb2.RESTART_NEVER),
+    ):
+        fabric.calls.clear()
+        cli.ok("run", "-d", *options, "debian", "--", "three")
+        request = next(request for name, request in fabric.calls if name == "CreateSandbox")
+        assert request.spec.restart == policy
