@@ -7,12 +7,12 @@ of digests is only ever used to take entries back.
 
 from __future__ import annotations
 
-import asyncio
 import time
 from collections.abc import Callable
 from dataclasses import replace
 
 from controlplane import codec, events, keys, lifecycle
+from controlplane.admission import Admission, Guard
 from controlplane.errors import Conflict, Exhausted, NotFound, Precondition, Unavailable
 from controlplane.model import Event, Host, Image, Residency, Sandbox
 from controlplane.quotas import UNBOUNDED, Quota, require_image_within, require_name_within
@@ -20,6 +20,7 @@ from controlplane.store.contract import Delete, Expect, Put, Record, Store, Writ
 from controlplane.view import View
 
 ATTEMPTS = 16
+REMOVAL_LEASE_S = 30
 SETTLE_S = 30.0
 """A host's report may have been written before an import that it does not name yet."""
 
@@ -33,11 +34,11 @@ class Images:
         view: View,
         *,
         quota_of: Callable[[str], Quota] = lambda _: UNBOUNDED,
+        admission: Admission | None = None,
         now_s: Callable[[], float] = time.time,
     ) -> None:
         self._store, self._view, self._now_s = store, view, now_s
-        self._quota_of = quota_of
-        self._binding = asyncio.Lock()  # so that a quota is decided on what is there
+        self._quota_of, self._admission = quota_of, admission or Admission(view, quota_of)
 
     async def get(self, tenant: str, name_or_digest: str) -> Image:
         """By name or digest. NotFound says how to get it."""
@@ -76,10 +77,15 @@ class Images:
         """Binds the name to what `host` has just imported, replacing what it was bound to. Idempotent.
 
         Exhausted when the tenant may not have that much: then the host may forget it."""
-        async with self._binding:
-            return await self._bind(image, host)
+        for _ in range(ATTEMPTS):
+            try:
+                async with self._admission.deciding(image.tenant) as guard:
+                    return await self._bind(image, host, guard)
+            except Conflict:
+                continue
+        raise Conflict("Busy", f"tenant {image.tenant} changes too fast: retry")
 
-    async def _bind(self, image: Image, host: str) -> Image:
+    async def _bind(self, image: Image, host: str, guard: Guard) -> Image:
         held = Residency(image.tenant, image.digest, host, self._now_s())
         try:
             require_image_within(self._quota_of(image.tenant), self.of(image.tenant), image)
@@ -91,28 +97,35 @@ class Images:
             Put(keys.image(image.tenant, image.name), codec.encode(image)),
             Put(keys.residency(image.tenant, image.digest, host), codec.encode(held)),
             self._event(image, "Imported", text, host),
+            *guard.writes,
         ]
-        revision = await self._store.commit(writes)
+        revision = await self._store.commit(writes, guard.expect)
         await self._view.reached(revision)  # so that what is made of it next finds it
         return replace(image, revision=revision)
 
+    def known(self, tenant: str, name: str) -> Image | None:
+        """The image of that name, as the view has it."""
+        return self._view.images.get(keys.image(tenant, name))
+
     async def unbind(self, tenant: str, name: str) -> Image:
-        """Removes a name. Precondition while a live sandbox needs it: no other name has the digest."""
+        """Removes a name. Precondition while a live sandbox needs it: no other name has the digest.
+
+        While that is found out no sandbox of the image can be made: whoever makes one expects the mark not to be there.
+        The mark is under a lease, so that it goes when this control plane does."""
         for _ in range(ATTEMPTS):
             image = await self.get(tenant, name)
-            key = keys.image(tenant, image.name)
-            guard = await self._store.get(keys.image_use(tenant, image.digest))
-            await self._require_unused(image)
-            expect = [
-                Expect(key, image.revision),
-                Expect(keys.image_use(tenant, image.digest), guard.mod_revision if guard else 0),
-            ]
+            mark = keys.image_removal(tenant, image.digest)
+            there = Expect(keys.image(tenant, image.name), image.revision)
+            lease = await self._store.grant_lease(REMOVAL_LEASE_S)
             try:
-                revision = await self._store.commit(
-                    [Delete(key), self._event(image, "Unbound", f"was bound to {image.digest}")], expect
-                )
-            except Conflict:
+                marked = await self._store.commit([Put(mark, b"", lease)], [Expect(mark, 0), there])
+                await self._require_unused(image)
+                told = self._event(image, "Unbound", f"was bound to {image.digest}")
+                revision = await self._store.commit([Delete(there.key), told], [Expect(mark, marked), there])
+            except (Conflict, NotFound):  # NotFound: the lease ran out
                 continue
+            finally:
+                await self._store.revoke_lease(lease)
             await self._view.reached(revision)
             return image
         raise Conflict("Busy", f"image {name} changes too fast: retry")
@@ -131,10 +144,7 @@ class Images:
     async def forgotten_by(self, residency: Residency) -> None:
         """The host does not hold it any more."""
         tenant, digest, host = residency.tenant, residency.digest, residency.host
-        writes: list[Write] = [Delete(keys.residency(tenant, digest, host))]
-        if self._view.holders(tenant, digest) == [host]:
-            writes.append(Delete(keys.image_use(tenant, digest)))
-        await self._store.commit(writes)
+        await self._store.commit([Delete(keys.residency(tenant, digest, host))])
 
     async def reported(self, host: Host) -> None:
         """Takes back what a host does not name in its report, unless it was imported only just now."""

@@ -5,7 +5,7 @@ uids/<uid>                           the sandbox's key
 names/<tenant>/<name>                uid of the newest sandbox of that name; guards the name against a second one
 requests/<tenant>/<request_id>       Request     what a request_id was first used for
 images/<tenant>/<name>               Image
-image-use/<tenant>/<digest>          uid of the newest user; guards an image against removal while one is made
+image-removal/<tenant>/<digest>      present, under a lease, while it is found out whether the image may be removed
 residency/<tenant>/<digest>/<host>   Residency
 pools/<tenant>/<name>                Pool
 hosts/<host>                         Host
@@ -13,7 +13,7 @@ joins/<id>                           JoinRecord
 members/<host>                       Member; outlives the host as a tombstone
 alive/<host>                         present as long as the host's lease is
 tenants/<tenant>                     Tenant
-placements/<host>                    uid last placed there; guards the host against two placements of one view
+quotas/<tenant>                      nothing; written by every decision on the tenant's quota (admission.py)
 events/<time_ns>-<random>            Event
 sync                                 nothing; written to make a revision of ours (view.py)
 leader                               name of the replica that leads, under its lease; its revision is the term
@@ -24,8 +24,8 @@ from __future__ import annotations
 ALL = ""
 LEADER, SYNC = "leader", "sync"
 SANDBOXES, UIDS, NAMES, REQUESTS = "sandboxes/", "uids/", "names/", "requests/"
-IMAGES, IMAGE_USE, RESIDENCY = "images/", "image-use/", "residency/"
-HOSTS, ALIVE, PLACEMENTS, EVENTS = "hosts/", "alive/", "placements/", "events/"
+IMAGES, IMAGE_REMOVAL, RESIDENCY = "images/", "image-removal/", "residency/"
+HOSTS, ALIVE, QUOTAS, EVENTS = "hosts/", "alive/", "quotas/", "events/"
 POOLS, TENANTS, MEMBERS, JOINS = "pools/", "tenants/", "members/", "joins/"
 
 
@@ -76,9 +76,9 @@ def image(tenant: str, of: str) -> str:
     return f"{IMAGES}{tenant}/{of}"
 
 
-def image_use(tenant: str, digest: str) -> str:
-    """The key that guards an image against removal."""
-    return f"{IMAGE_USE}{tenant}/{digest}"
+def image_removal(tenant: str, digest: str) -> str:
+    """The key that keeps an image from being used while it is about to be removed."""
+    return f"{IMAGE_REMOVAL}{tenant}/{digest}"
 
 
 def residency(tenant: str, digest: str, host: str) -> str:
@@ -121,9 +121,9 @@ def alive(host: str) -> str:
     return f"{ALIVE}{host}"
 
 
-def placement(host: str) -> str:
-    """The key that every placement on a host writes."""
-    return f"{PLACEMENTS}{host}"
+def quota_guard(tenant: str) -> str:
+    """The key that every decision on a tenant's quota writes."""
+    return f"{QUOTAS}{tenant}"
 
 
 def event(time_ns: int, salt: str) -> str:

@@ -201,6 +201,7 @@ class Sandbox:
     leaving: str = ""
     leaving_epoch: int = 0
     placed: Placed | None = None
+    only_host: str = ""  # the only one that can run it: the checkpoint that it goes on from is there
     revision: int = field(default=0, metadata=REVISION)
 
 

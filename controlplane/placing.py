@@ -4,24 +4,24 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from controlplane import keys, scheduler, transitions
+from controlplane import scheduler, transitions
 from controlplane.errors import Exhausted
 from controlplane.model import Placed, Sandbox, SandboxStatus
 from controlplane.scheduler import Decision, Demand, Placement
-from controlplane.store.contract import Expect
 from controlplane.view import View
 
 
-def placed(view: View, sandbox: Sandbox, *, only: str = "") -> tuple[Sandbox, list[Expect]]:
-    """The sandbox placed, with the guards of what was decided on; PENDING when it may wait. Exhausted with numbers. On
-    host `only` or nowhere, when that is given: then it does not wait."""
+def placed(view: View, sandbox: Sandbox) -> Sandbox:
+    """The sandbox placed; PENDING when it may wait. Exhausted with numbers. One that has an `only_host` goes there or
+    nowhere, and does not wait."""
+    only = sandbox.only_host
     demand = scheduler.demand_of(sandbox)
     decision = _decide(view, demand, only)
     if decision.placement is not None:
         return assigned(view, sandbox, demand, decision.placement)
     if decision.may_wait and not only:
         why = scheduler.summary(decision.refusals) or "no host has registered yet"
-        return replace(sandbox, status=SandboxStatus(reason="NoHost", message=f"waiting for a host: {why}")), []
+        return replace(sandbox, status=SandboxStatus(reason="NoHost", message=f"waiting for a host: {why}"))
     states = [state for state in view.survey() if only in ("", state.name)]
     room = max((state.room_mib for state in states if state.ready), default=0)
     raise Exhausted(
@@ -39,8 +39,8 @@ def _decide(view: View, demand: Demand, only: str) -> Decision:
     return view.census.index().decide(demand)
 
 
-def assigned(view: View, sandbox: Sandbox, demand: Demand, chosen: Placement) -> tuple[Sandbox, list[Expect]]:
-    """The sandbox on its host under a new epoch, with what spoke for it, and the guard of the host's placements."""
+def assigned(view: View, sandbox: Sandbox, demand: Demand, chosen: Placement) -> Sandbox:
+    """The sandbox on its host under a new epoch, with what spoke for it."""
     policy, score = scheduler.DEFAULT_POLICY, chosen.score
     because = Placed(
         chosen.host, view.revision, len(view.hosts), chosen.marginal_mib, chosen.shared_mib, demand.charge_mib,
@@ -48,10 +48,11 @@ def assigned(view: View, sandbox: Sandbox, demand: Demand, chosen: Placement) ->
     )  # fmt: skip
     why = f"it has a ready member of pool {chosen.pool}" if chosen.pool else ""
     after = transitions.scheduled(sandbox, chosen.host, max(view.revision, sandbox.epoch + 1), why=why)
-    guard = Expect(keys.placement(chosen.host), view.placements.get(chosen.host, 0))
-    return replace(after, placed=because), [guard]
+    return replace(after, placed=because)
 
 
 def still_hopeless(view: View, sandbox: Sandbox) -> bool:
     """Whether a PENDING sandbox that was told why has nowhere to go still: cheap, for it does not ask every host."""
+    if sandbox.only_host:
+        return False
     return bool(sandbox.status.reason) and view.census.index().place(scheduler.demand_of(sandbox)) is None

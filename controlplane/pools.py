@@ -14,6 +14,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from controlplane import codec, events, keys
+from controlplane.admission import Admission, Guard
 from controlplane.edge.pools import etag
 from controlplane.errors import AlreadyExists, Conflict, Invalid, NotFound
 from controlplane.images import Images
@@ -33,11 +34,11 @@ class Pools:
 
     def __init__(
         self, store: Store, view: View, images: Images,
-        *, quota_of: Callable[[str], Quota] = lambda _: UNBOUNDED, now_s: Callable[[], float] = time.time,
+        *, quota_of: Callable[[str], Quota] = lambda _: UNBOUNDED, admission: Admission | None = None,
+        now_s: Callable[[], float] = time.time,
     ) -> None:  # fmt: skip
         self._store, self._view, self._images, self._now_s = store, view, images, now_s
-        self._quota_of = quota_of
-        self._changing = asyncio.Lock()  # so that a quota is decided on what is there
+        self._quota_of, self._admission = quota_of, admission or Admission(view, quota_of)
 
     async def get(self, tenant: str, name: str) -> Pool:
         """By name. NotFound."""
@@ -54,15 +55,15 @@ class Pools:
 
     async def create(self, tenant: str, asked: PoolCreation) -> Pool:
         """Records a pool. See CreatePool."""
-        async with self._changing:
-            for _ in range(ATTEMPTS):
-                earlier = await self._created_before(tenant, asked)
-                if earlier is not None:
-                    return earlier
-                try:
-                    return await self._create_once(tenant, asked)
-                except Conflict:
-                    continue
+        for _ in range(ATTEMPTS):
+            earlier = await self._created_before(tenant, asked)
+            if earlier is not None:
+                return earlier
+            try:
+                async with self._admission.deciding(tenant) as guard:
+                    return await self._create_once(tenant, asked, guard)
+            except Conflict:
+                continue
         raise Conflict("Busy", "too many changes at once: retry")
 
     async def _created_before(self, tenant: str, asked: PoolCreation) -> Pool | None:
@@ -77,7 +78,7 @@ class Pools:
             raise Invalid("request_id", text, reason="RequestIdReused")
         return await self.get(tenant, asked.name)
 
-    async def _create_once(self, tenant: str, asked: PoolCreation) -> Pool:
+    async def _create_once(self, tenant: str, asked: PoolCreation, guard: Guard) -> Pool:
         image = await self._images.get(tenant, asked.spec.image)
         key = keys.pool(tenant, asked.name)
         if await self._store.get(key) is not None:
@@ -95,27 +96,28 @@ class Pools:
             used = keys.request(tenant, asked.request_id)
             writes.append(Put(used, codec.encode(UsedRequest(key, _digest_of(asked), self._now_s()))))
             expect.append(Expect(used, 0))
-        return replace(pool, revision=await self._commit(writes, expect))
+        return replace(pool, revision=await self._commit([*writes, *guard.writes], [*expect, *guard.expect]))
 
     async def resize(self, tenant: str, name: str, size: int, tag: str) -> Pool:
         """Another size. See ResizePool."""
-        async with self._changing:
-            for _ in range(ATTEMPTS):
-                pool = await self.get(tenant, name)
-                if tag and tag != etag(pool):
-                    text = f"pool {name} has changed since etag {tag}: read it again"
-                    raise Conflict("EtagMismatch", text, etag=etag(pool))
-                after = replace(pool, spec=replace(pool.spec, size=size))
-                if after == pool:
-                    return pool
-                self._require_quota(after)
-                key = keys.pool(tenant, name)
-                told = self._event(after, "PoolResized", f"from {pool.spec.size} to {size} members")
-                try:
-                    revision = await self._commit([Put(key, codec.encode(after)), told], [Expect(key, pool.revision)])
-                except Conflict:
-                    continue
-                return replace(after, revision=revision)
+        for _ in range(ATTEMPTS):
+            pool = await self.get(tenant, name)
+            if tag and tag != etag(pool):
+                text = f"pool {name} has changed since etag {tag}: read it again"
+                raise Conflict("EtagMismatch", text, etag=etag(pool))
+            after = replace(pool, spec=replace(pool.spec, size=size))
+            if after == pool:
+                return pool
+            key = keys.pool(tenant, name)
+            told = self._event(after, "PoolResized", f"from {pool.spec.size} to {size} members")
+            try:
+                async with self._admission.deciding(tenant) as guard:
+                    self._require_quota(after)
+                    writes: list[Write] = [Put(key, codec.encode(after)), told, *guard.writes]
+                    revision = await self._commit(writes, [Expect(key, pool.revision), *guard.expect])
+            except Conflict:
+                continue
+            return replace(after, revision=revision)
         raise Conflict("Busy", f"pool {name} changes too fast: retry")
 
     async def delete(self, tenant: str, name: str, *, allow_missing: bool) -> None:
@@ -139,8 +141,9 @@ class Pools:
         quota = self._quota_of(pool.tenant)
         if quota != UNBOUNDED:
             view = self._view
-            mine = [s for s in view.sandboxes.values() if s.tenant == pool.tenant]
-            require_pool_within(quota, mine, [p for p in view.pools.values() if p.tenant == pool.tenant], pool)
+            require_pool_within(
+                quota, view.of_tenant(pool.tenant), [p for p in view.pools.values() if p.tenant == pool.tenant], pool
+            )
 
     async def _commit(self, writes: list[Write], expect: list[Expect]) -> int:
         revision = await self._store.commit(writes, expect)

@@ -34,6 +34,7 @@ ROUND_S = 5.0
 GATHER_S = 0.02
 """Changes come in bursts: one round for all of a burst."""
 
+PLACED_AT_ONCE = 256
 HOUSE_S = 60.0
 REQUEST_KEPT_S = 24 * 3600.0
 FORGET_DEADLINE_S = 20.0
@@ -102,12 +103,21 @@ class Reconciler:
     # Placing.
 
     async def _pending(self) -> None:
-        waiting = [s for s in self._open_ends() if s.status.phase is Phase.PENDING]
-        for sandbox in sorted(waiting, key=lambda s: (s.created_at_s, s.uid)):
-            if sandbox.leaving and self._still_has(sandbox.leaving):
-                continue  # it must have ended there first
-            if sandbox.desired is DesiredState.RUNNING and self._view.sandboxes.get(sandbox.uid) is sandbox:
-                await self._sandboxes.place_pending(sandbox)
+        """Decided one after the other, the oldest first; committed together."""
+        waiting = [
+            sandbox
+            for sandbox in self._open_ends()
+            if sandbox.status.phase is Phase.PENDING
+            and sandbox.desired is DesiredState.RUNNING
+            and not (sandbox.leaving and self._still_has(sandbox.leaving))  # it must have ended there first
+        ]
+        waiting.sort(key=lambda s: (s.created_at_s, s.uid))
+        for at in range(0, len(waiting), PLACED_AT_ONCE):
+            batch = [s for s in waiting[at : at + PLACED_AT_ONCE] if self._view.sandboxes.get(s.uid) is s]
+            placing = [self._sandboxes.place_pending(sandbox) for sandbox in batch]
+            for outcome in await asyncio.gather(*placing, return_exceptions=True):
+                if isinstance(outcome, BaseException) and not isinstance(outcome, Conflict):
+                    raise outcome
 
     # Lost hosts.
 

@@ -130,8 +130,8 @@ class Registry:
             raise Precondition("HostHolds", text, host=name, sandboxes=",".join(live)[:256])
 
     async def _traces(self, name: str) -> list[Write]:
-        """What else there is of a host: its report, its lease's key, the guard of placements on it."""
-        found: list[Write] = [Delete(keys.host(name)), Delete(keys.alive(name)), Delete(keys.placement(name))]
+        """What else there is of a host: its report, its lease's key, the images it holds."""
+        found: list[Write] = [Delete(keys.host(name)), Delete(keys.alive(name))]
         held = [key for key, residency in self._view.residency.items() if residency.host == name]
         return [*found, *(Delete(key) for key in held)]
 

@@ -6,27 +6,26 @@ the event that tells of it. A lost race is decided again on what is now; after A
 
 from __future__ import annotations
 
-import asyncio
-import hashlib
-import secrets
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 
-from controlplane import codec, keys, lifecycle, names, placing, scheduler, transitions
-from controlplane.errors import AlreadyExists, Conflict, Exhausted, Invalid, NotFound, Precondition
+from controlplane import codec, lifecycle, scheduler, transitions
+from controlplane.admission import Admission, Guard
+from controlplane.creating import Creator
+from controlplane.errors import Conflict, Exhausted, NotFound, Precondition
 from controlplane.explaining import Explanation, explain
 from controlplane.images import Images
-from controlplane.model import Checkpoint, DesiredState, LayerSize, Phase, Sandbox, SandboxStatus
-from controlplane.quotas import UNBOUNDED, require_within
-from controlplane.records import Records, Stored, stored_sandbox
-from controlplane.requests import Creation, ResizeWish, UsedRequest
-from controlplane.store.contract import Expect, Put, Store, Write
+from controlplane.leadership import Leadership, OnlyOne
+from controlplane.model import Checkpoint, DesiredState, Sandbox
+from controlplane.records import Records, Stored
+from controlplane.requests import Creation, ResizeWish
+from controlplane.store.contract import Put, Store
 from controlplane.tenants import Tenants
 from controlplane.view import View
 
 ATTEMPTS = 16
-VIEW_LAG_S = 5.0
 
 
 class Sandboxes:
@@ -34,173 +33,32 @@ class Sandboxes:
 
     def __init__(
         self, store: Store, view: View, records: Records, images: Images,
-        tenants: Tenants, *, now_s: Callable[[], float] = time.time,
+        tenants: Tenants, *, leadership: Leadership | None = None, admission: Admission | None = None,
+        now_s: Callable[[], float] = time.time,
     ) -> None:  # fmt: skip
-        self._store, self._view, self._records, self._images, self._now_s = store, view, records, images, now_s
-        self._tenants = tenants
-        self._placing = asyncio.Lock()
+        self._store, self._view, self._records, self._now_s = store, view, records, now_s
+        self._admission = admission or Admission(view, tenants.quota)
+        self._creator = Creator(
+            store, view, records, images, tenants, leadership or OnlyOne(), self._admission, now_s=now_s
+        )
 
-    # Creating.
+    # Creating: see creating.py.
 
     async def create(self, tenant: str, asked: Creation) -> Sandbox:
         """Records a sandbox and places it. See CreateSandbox."""
-        async with self._placing:
-            for attempt in range(ATTEMPTS):
-                earlier = await self._created_before(tenant, asked)
-                if earlier is not None:
-                    return earlier
-                try:
-                    return await self._create_once(tenant, asked, attempt)
-                except Conflict:
-                    await self._catch_up()
-        raise Conflict("Busy", "too many changes at once: retry")
-
-    async def _created_before(self, tenant: str, asked: Creation) -> Sandbox | None:
-        if not asked.request_id:
-            return None
-        record = await self._store.get(keys.request(tenant, asked.request_id))
-        if record is None:
-            return None
-        used = codec.decode(UsedRequest, record.value, record.key)
-        if used.asked != _digest_of(asked):
-            text = f"{asked.request_id!r} was used for another sandbox: a new call needs a new request_id"
-            raise Invalid("request_id", text, reason="RequestIdReused")
-        found = await self._store.get(used.sandbox_key)
-        if found is None:
-            text = f"the sandbox that request {asked.request_id!r} made has been removed since"
-            raise NotFound("SandboxRemoved", text, sandbox=keys.split_sandbox(used.sandbox_key)[1])
-        return stored_sandbox(found).sandbox
-
-    async def _create_once(self, tenant: str, asked: Creation, attempt: int) -> Sandbox:
-        image = await self._images.get(tenant, asked.spec.image)
-        name = asked.name or names.made_up(secrets.randbelow, attempt)
-        guard = await self._free_name(tenant, name)
-        spec = replace(asked.spec, image_digest=image.digest)
-        if not (spec.process.argv or image.config.entrypoint or image.config.cmd):
-            text = f"image {image.name} has no command of its own: name one"
-            raise Invalid("spec.process.argv", text, reason="NoCommand")
-        sandbox = Sandbox(
-            name=name,
-            uid=secrets.token_hex(8),
-            tenant=tenant,
-            spec=spec,
-            created_at_s=self._now_s(),
-            vcpus=spec.resources.vcpus,
-            layers=tuple(LayerSize(layer.digest, layer.size_bytes) for layer in image.layers),
-        )
-        self._tenants.require_class(tenant, spec.sandbox_class)
-        self._require_quota(sandbox)
-        placed, guards = self._place(sandbox)
-        if asked.validate_only:
-            return replace(placed, uid="")
-        there = [Expect(keys.image(tenant, image.name), image.revision)]
-        return await self._record(placed, asked, [Expect(keys.name(tenant, name), guard), *there, *guards])
+        return await self._creator.create(tenant, asked)
 
     async def create_on(self, checkpoint: Checkpoint, asked: Creation) -> Sandbox:
         """Records a sandbox that goes on from a checkpoint, which only the host that has it can do. As create()."""
-        async with self._placing:
-            for attempt in range(ATTEMPTS):
-                earlier = await self._created_before(checkpoint.tenant, asked)
-                if earlier is not None:
-                    return earlier
-                try:
-                    return await self._create_on_once(checkpoint, asked, attempt)
-                except Conflict:
-                    await self._catch_up()
-        raise Conflict("Busy", "too many changes at once: retry")
+        return await self._creator.create_on(checkpoint, asked)
 
-    async def _create_on_once(self, checkpoint: Checkpoint, asked: Creation, attempt: int) -> Sandbox:
-        tenant, name = checkpoint.tenant, asked.name or names.made_up(secrets.randbelow, attempt)
-        guard = await self._free_name(tenant, name)
-        sandbox = Sandbox(
-            name=name,
-            uid=secrets.token_hex(8),
-            tenant=tenant,
-            spec=asked.spec,
-            created_at_s=self._now_s(),
-            vcpus=asked.spec.resources.vcpus,
-            layers=checkpoint.layers,
-        )
-        self._require_quota(sandbox)
-        placed, guards = self._place(sandbox, only=checkpoint.host)
-        return await self._record(placed, asked, [Expect(keys.name(tenant, name), guard), *guards])
-
-    async def _record(self, placed: Sandbox, asked: Creation, expect: list[Expect]) -> Sandbox:
-        tenant, key = placed.tenant, keys.sandbox(placed.tenant, placed.name, placed.uid)
-        writes: list[Write] = [
-            Put(key, codec.encode(placed)),
-            Put(keys.uid(placed.uid), key.encode()),
-            Put(keys.name(tenant, placed.name), placed.uid.encode()),
-            Put(keys.image_use(tenant, placed.spec.image_digest), placed.uid.encode()),
-            self._records.event(placed, *_told_placed(placed)),
-        ]
-        if asked.request_id:
-            used = UsedRequest(key, _digest_of(asked), self._now_s())
-            writes.append(Put(keys.request(tenant, asked.request_id), codec.encode(used)))
-            expect = [*expect, Expect(keys.request(tenant, asked.request_id), 0)]
-        revision = await self._commit_placed(placed, writes, expect)
-        return replace(placed, revision=revision)
-
-    def _require_quota(self, sandbox: Sandbox) -> None:
-        quota = self._tenants.quota(sandbox.tenant)
-        if quota != UNBOUNDED:
-            mine = (s for s in self._view.sandboxes.values() if s.tenant == sandbox.tenant)
-            pools = [pool for pool in self._view.pools.values() if pool.tenant == sandbox.tenant]
-            require_within(quota, mine, sandbox, pools)
-
-    async def _free_name(self, tenant: str, name: str) -> int:
-        """The name guard's revision. AlreadyExists while a live sandbox has the name."""
-        guard = await self._store.get(keys.name(tenant, name))
-        if guard is None:
-            return 0
-        record = await self._store.get(keys.sandbox(tenant, name, guard.value.decode()))
-        if record is not None and stored_sandbox(record).sandbox.status.phase not in lifecycle.ENDED:
-            there = stored_sandbox(record).sandbox
-            removed = there.desired is DesiredState.REMOVED
-            remedy = "it is being removed, retry soon" if removed else "choose another name or remove it first"
-            text = f"sandbox {name} exists already ({there.status.phase.name}): {remedy}"
-            raise AlreadyExists("SandboxExists", text, sandbox=name, uid=there.uid)
-        return guard.mod_revision
-
-    # Placing.
-
-    def _place(self, sandbox: Sandbox, *, only: str = "") -> tuple[Sandbox, list[Expect]]:
-        return placing.placed(self._view, sandbox, only=only)
+    async def place_pending(self, sandbox: Sandbox) -> bool:
+        """Places a PENDING sandbox if the present view has room for it; whether it did."""
+        return await self._creator.place_pending(sandbox)
 
     def explain(self, sandbox: Sandbox, *, most: int) -> Explanation:
         """Why it is where it is, or what hosts lack for it, by the present view."""
         return explain(sandbox, self._view.survey(), most=most)
-
-    async def _commit_placed(self, placed: Sandbox, writes: list[Write], expect: list[Expect]) -> int:
-        if placed.host:
-            writes.append(Put(keys.placement(placed.host), placed.uid.encode()))
-        revision = await self._store.commit(writes, expect)
-        async with asyncio.timeout(VIEW_LAG_S):
-            await self._view.reached(revision)  # so that the next decision counts this one
-        return revision
-
-    async def _catch_up(self) -> None:
-        revision = (await self._store.page(keys.PLACEMENTS, limit=1)).revision
-        async with asyncio.timeout(VIEW_LAG_S):
-            await self._view.reached(revision)
-
-    async def place_pending(self, sandbox: Sandbox) -> bool:
-        """Places a PENDING sandbox if the present view has room for it; whether it did."""
-        async with self._placing:
-            if placing.still_hopeless(self._view, sandbox):
-                return False
-            try:
-                placed, guards = self._place(sandbox)
-            except Exhausted as error:
-                placed, guards = replace(sandbox, status=SandboxStatus(reason=error.reason, message=str(error))), []
-            if not placed.host and placed.status.reason == sandbox.status.reason:
-                return False
-            key = keys.sandbox(sandbox.tenant, sandbox.name, sandbox.uid)
-            writes: list[Write] = [Put(key, codec.encode(placed))]
-            if placed.host:
-                writes.append(self._records.event(placed, *_told_placed(placed)))
-            await self._commit_placed(placed, writes, [Expect(key, sandbox.revision), *guards])
-            return bool(placed.host)
 
     # Changing.
 
@@ -212,11 +70,11 @@ class Sandboxes:
                 text = f"sandbox {name} has changed since etag {wish.etag}: read it again"
                 raise Conflict("EtagMismatch", text, etag=transitions.etag(sandbox))
             after = transitions.resized(sandbox, wish)
-            self._require_quota(after)
+            self._creator.require_quota(after)
             self._require_room(sandbox, after)
             return after
 
-        return await self._change(tenant, name, change, "ResizeAsked", _told_sizes)
+        return await self._change(tenant, name, change, "ResizeAsked", _told_sizes, counted=True)
 
     def _require_room(self, before: Sandbox, after: Sandbox) -> None:
         """Exhausted when the host cannot guarantee the larger minimum."""
@@ -247,18 +105,23 @@ class Sandboxes:
         )
 
     async def _change(
-        self, tenant: str, name: str, change: Callable[[Sandbox], Sandbox], reason: str, told: Callable[[Sandbox], str]
-    ) -> Sandbox:
+        self, tenant: str, name: str, change: Callable[[Sandbox], Sandbox], reason: str, told: Callable[[Sandbox], str],
+        *, counted: bool = False,
+    ) -> Sandbox:  # fmt: skip
+        """`counted`: the change is decided on the tenant's quota."""
         for _ in range(ATTEMPTS):
             stored = await self._records.find(tenant, name)
-            after = change(stored.sandbox)
-            if after == stored.sandbox:
-                return after
-            try:
-                writes = [Put(stored.record.key, codec.encode(after)), self._records.event(after, reason, told(after))]
-                revision = await self._store.commit(writes, [stored.expect])
-            except Conflict:
-                continue
+            async with self._admission.deciding(tenant) if counted else nullcontext(Guard()) as guard:
+                after = change(stored.sandbox)
+                if after == stored.sandbox:
+                    return after
+                told_of = self._records.event(after, reason, told(after))
+                writes = [Put(stored.record.key, codec.encode(after)), told_of, *guard.writes]
+                try:
+                    revision = await self._store.commit(writes, [stored.expect, *guard.expect])
+                except Conflict:
+                    continue
+                await self._admission.settled(guard, revision)
             return replace(after, revision=revision)
         raise Conflict("Busy", f"sandbox {name} changes too fast: retry")
 
@@ -292,17 +155,6 @@ class Sandboxes:
         except Conflict:
             return False
         return True
-
-
-def _digest_of(asked: Creation) -> str:
-    return hashlib.sha256(codec.encode(replace(asked, validate_only=False, request_id=""))).hexdigest()
-
-
-def _told_placed(sandbox: Sandbox) -> tuple[str, str]:
-    if sandbox.status.phase is Phase.SCHEDULED:
-        why = sandbox.status.message.partition("; ")[2]
-        return "Scheduled", f"host {sandbox.host}, epoch {sandbox.epoch}{f': {why}' if why else ''}"
-    return "Pending", sandbox.status.message
 
 
 def _told_sizes(sandbox: Sandbox) -> str:

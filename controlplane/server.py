@@ -24,6 +24,7 @@ from grpc_health.v1 import _async as aio_health
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
+from controlplane.admission import Admission
 from controlplane.api.channel import server_credentials, server_options
 from controlplane.api.v1 import (
     checkpoints_pb2,
@@ -94,11 +95,15 @@ class ControlPlane:
         self.tenants = Tenants(store, self.view, dict(config.quotas))
         self.gate = Gate(lambda name: self.tenants.find(name) is not None, lambda *known: self.registry.admits(*known))
         self.event_log = EventLog(store, kept=config.kept_events)
-        self.images = Images(store, self.view, quota_of=self.tenants.quota)
+        self.admission = Admission(self.view, self.tenants.quota)
+        self.images = Images(store, self.view, quota_of=self.tenants.quota, admission=self.admission)
         self.records = Records(store, self.view)
         self.reports = Reports(store, self.records)
-        self.sandboxes = Sandboxes(store, self.view, self.records, self.images, self.tenants)
-        self.pools = Pools(store, self.view, self.images, quota_of=self.tenants.quota)
+        self.sandboxes = Sandboxes(
+            store, self.view, self.records, self.images, self.tenants,
+            leadership=self.leadership, admission=self.admission,
+        )  # fmt: skip
+        self.pools = Pools(store, self.view, self.images, quota_of=self.tenants.quota, admission=self.admission)
         self.registry = Registry(store, self.view, self.images, config.lease_s)
         authority = Authority.load(config.ca_dir) if config.ca_dir else None
         self.joining = Joining(store, self.registry, authority)
@@ -120,7 +125,7 @@ class ControlPlane:
         images, records = Images(store, view, quota_of=self.tenants.quota), Records(store, view)
         registry = Registry(store, view, images, config.lease_s)
         return Reconciler(
-            store, view, records, Sandboxes(store, view, records, images, self.tenants), images, self.links,
+            store, view, records, self.sandboxes, images, self.links,
             EventLog(store, kept=config.kept_events), Drains(store, view, records, registry),
             Joining(store, registry, None),
             lost_grace_s=config.lost_grace_s, history_s=config.history_s,

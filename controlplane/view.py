@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import TypeVar
 
@@ -31,7 +31,7 @@ MIRRORED = (
     keys.HOSTS,
     keys.IMAGES,
     keys.MEMBERS,
-    keys.PLACEMENTS,
+    keys.QUOTAS,
     keys.POOLS,
     keys.RESIDENCY,
     keys.SANDBOXES,
@@ -81,7 +81,10 @@ class View:
         self.census = Census(self._host_state)
         self.images: dict[str, Image] = {}  # by key
         self.residency: dict[str, Residency] = {}  # by key
-        self.placements: dict[str, int] = {}  # mod_revision of the guard, by host
+        self.guards: dict[str, int] = {}  # mod_revision of the quota's guard, by tenant
+        self._by_tenant: dict[str, dict[str, Sandbox]] = {}
+        self._assumed: dict[str, Sandbox] = {}
+        self._assumed_on: dict[str, dict[str, Sandbox]] = {}
         self.pools: dict[str, Pool] = {}  # by key
         self.members: dict[str, Member] = {}  # those that have a record
         self.tenants: dict[str, Tenant] = {}  # those that have a record
@@ -150,6 +153,32 @@ class View:
         """The sandboxes that are assigned to a host."""
         return list(self._by_host.get(host, {}).values())
 
+    def of_tenant(self, tenant: str) -> Iterable[Sandbox]:
+        """A tenant's sandboxes."""
+        return self._by_tenant.get(tenant, {}).values()
+
+    # What this control plane has placed and does not see yet counts on its host, and only there.
+
+    def assume(self, sandbox: Sandbox) -> None:
+        """Counts a placement until the view shows the sandbox, or until it is released."""
+        self._assumed[sandbox.uid] = sandbox
+        self._assumed_on.setdefault(sandbox.host, {})[sandbox.uid] = sandbox
+        self.census.touch(sandbox.host)
+
+    def is_assumed(self, uid: str) -> bool:
+        """Whether a placement of it is on its way."""
+        return uid in self._assumed
+
+    def release(self, uid: str) -> None:
+        """Counts it no more; nothing happens when it is shown already."""
+        sandbox = self._assumed.pop(uid, None)
+        if sandbox is not None:
+            there = self._assumed_on[sandbox.host]
+            del there[uid]
+            if not there:
+                del self._assumed_on[sandbox.host]
+            self.census.touch(sandbox.host)
+
     def leaving(self, host: str) -> list[Sandbox]:
         """The sandboxes that a host has to end before they may begin anew elsewhere."""
         return list(self._leaving.get(host, {}).values())
@@ -166,7 +195,10 @@ class View:
         host = self.hosts.get(name)
         if host is None:
             return None
-        there, held = self._by_host.get(name, {}).values(), self._held.get(name, {}).values()
+        there: Iterable[Sandbox] = self._by_host.get(name, {}).values()
+        if name in self._assumed_on:
+            there = [*there, *self._assumed_on[name].values()]
+        held = self._held.get(name, {}).values()
         return scheduler.host_state(host, name in self.alive, there, held, cordoned=not self.member(name).takes_new)
 
     def pool_of_member(self, uid: str) -> Pool | None:
@@ -191,11 +223,11 @@ class View:
                 if not page.more:
                     break
                 after = page.records[-1].key
-        for table in (self.hosts, self.images, self.residency, self.placements, self.pools, self.tenants, self.members):
+        for table in (self.hosts, self.images, self.residency, self.guards, self.pools, self.tenants, self.members):
             table.clear()
         self.alive.clear()
         before, self.sandboxes = self.sandboxes, {}
-        for index in (self._by_host, self._leaving, self._held):
+        for index in (self._by_host, self._by_tenant, self._leaving, self._held):
             index.clear()
         self.census.clear()
         self.open_ends.clear()
@@ -248,8 +280,8 @@ class View:
         if key.startswith(keys.ALIVE):
             self.alive.add(key.removeprefix(keys.ALIVE))
             self.census.touch(key.removeprefix(keys.ALIVE))
-        elif key.startswith(keys.PLACEMENTS):
-            self.placements[key.removeprefix(keys.PLACEMENTS)] = revision
+        elif key.startswith(keys.QUOTAS):
+            self.guards[key.removeprefix(keys.QUOTAS)] = revision
 
     def _delete(self, key: str) -> None:
         if key.startswith(keys.SANDBOXES):
@@ -262,8 +294,8 @@ class View:
         elif key.startswith(keys.ALIVE):
             self.alive.discard(key.removeprefix(keys.ALIVE))
             self.census.touch(key.removeprefix(keys.ALIVE))
-        elif key.startswith(keys.PLACEMENTS):
-            self.placements.pop(key.removeprefix(keys.PLACEMENTS), None)
+        elif key.startswith(keys.QUOTAS):
+            self.guards.pop(key.removeprefix(keys.QUOTAS), None)
         elif key.startswith(keys.MEMBERS):
             self.members.pop(key.removeprefix(keys.MEMBERS), None)
             self.census.touch(key.removeprefix(keys.MEMBERS))
@@ -282,7 +314,9 @@ class View:
 
     def _set_sandbox(self, sandbox: Sandbox) -> None:
         self._drop_sandbox(sandbox.uid)
+        self.release(sandbox.uid)
         self.sandboxes[sandbox.uid] = sandbox
+        self._by_tenant.setdefault(sandbox.tenant, {})[sandbox.uid] = sandbox
         if sandbox.host:
             self._by_host.setdefault(sandbox.host, {})[sandbox.uid] = sandbox
             self.census.touch(sandbox.host)
@@ -295,6 +329,11 @@ class View:
     def _drop_sandbox(self, uid: str) -> None:
         sandbox = self.sandboxes.pop(uid, None)
         self.open_ends.discard(uid)
+        if sandbox is not None:
+            mine = self._by_tenant[sandbox.tenant]
+            del mine[uid]
+            if not mine:
+                del self._by_tenant[sandbox.tenant]
         if sandbox is not None and sandbox.leaving:
             self._leaving[sandbox.leaving].pop(uid, None)
         if sandbox is not None and sandbox.host:

@@ -63,14 +63,14 @@ async def test_what_was_there_before_and_what_comes_after_are_both_seen(tmp_path
     async with viewed(tmp_path / "s.db") as (store, view):
         assert (set(view.hosts), view.alive, view.holders("t", "sha256:1")) == ({"h1"}, {"h1"}, ["h1"])
         assert view.holders("u", "sha256:1") == []
-        guard = await store.commit([stored(sandbox("a")), Put(keys.placement("h1"), b"a")])
+        guard = await store.commit([stored(sandbox("a")), Put(keys.quota_guard("t"), b"")])
         await view.reached(guard)
-        assert (view.sandboxes["a"].revision, view.placements["h1"]) == (guard, guard)
+        assert (view.sandboxes["a"].revision, view.guards["t"]) == (guard, guard)
         assert [s.uid for s in view.on_host("h1")] == ["a"]
         await store.revoke_lease(lease)
-        gone = [Delete(keys.host("h1")), Delete(keys.residency("t", "sha256:1", "h1")), Delete(keys.placement("h1"))]
+        gone = [Delete(keys.host("h1")), Delete(keys.residency("t", "sha256:1", "h1")), Delete(keys.quota_guard("t"))]
         await view.reached(await store.commit([*gone, Delete(keys.sandbox("t", "name-a", "a"))]))
-        assert (view.hosts, view.alive, view.residency, view.placements, view.sandboxes) == ({}, set(), {}, {}, {})
+        assert (view.hosts, view.alive, view.residency, view.guards, view.sandboxes) == ({}, set(), {}, {}, {})
 
 
 async def test_what_it_counts_as_it_goes_is_what_a_count_of_everything_gives(tmp_path: Path) -> None:
@@ -172,3 +172,26 @@ async def test_a_host_without_pools_hears_of_its_control_plane_while_others_repo
         finally:
             talking.cancel()
             await asyncio.gather(talking, return_exceptions=True)
+
+
+async def test_what_is_placed_and_not_yet_seen_counts_on_its_host_until_it_is_seen_or_released(tmp_path: Path) -> None:
+    host = Host("h1", Capacity(memory_mib=1000), "x:1", 1.0)
+    async with viewed(tmp_path / "s.db") as (store, view):
+        await view.reached(await store.commit([Put(keys.host("h1"), codec.encode(host))]))
+
+        def promised() -> int:
+            (state,) = view.survey()
+            return state.promised_mib
+
+        one, two = sandbox("a"), sandbox("b")
+        nothing, size = promised(), one.spec.resources.memory_min_mib
+        view.assume(one)
+        view.assume(two)
+        assert view.is_assumed("a") and promised() == nothing + 2 * size
+        assert view.on_host("h1") == [] and view.sandboxes == {}  # no host is told of what may not come to be
+        view.release("b")
+        assert promised() == nothing + size
+        await view.reached(await store.commit([stored(one)]))
+        assert not view.is_assumed("a") and promised() == nothing + size
+        view.release("a")
+        assert promised() == nothing + size
