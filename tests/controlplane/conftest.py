@@ -90,6 +90,18 @@ class Client:
         return await self.sandboxes.GetSandbox(sandboxes_pb2.GetSandboxRequest(name=name), timeout=10)
 
 
+def client_at(channel: grpc.aio.Channel) -> Client:
+    """All stubs over one connection."""
+    return Client(
+        channel,
+        sandboxes_pb2_grpc.SandboxesStub(channel),
+        images_pb2_grpc.ImagesStub(channel),
+        hosts_pb2_grpc.HostsStub(channel),
+        pools_pb2_grpc.PoolsStub(channel),
+        tenants_pb2_grpc.TenantsStub(channel),
+    )
+
+
 class Plane:
     """A running control plane, and what a test does with it. Everything it opens is closed with it."""
 
@@ -102,14 +114,7 @@ class Plane:
         if role is Role.TENANT and self.parts.tenants.find(name) is None:
             await self.parts.tenants.create(Tenant(name))
         channel = await self._stack.enter_async_context(connect(self.address, self.certificates.of(role, name)))
-        return Client(
-            channel,
-            sandboxes_pb2_grpc.SandboxesStub(channel),
-            images_pb2_grpc.ImagesStub(channel),
-            hosts_pb2_grpc.HostsStub(channel),
-            pools_pb2_grpc.PoolsStub(channel),
-            tenants_pb2_grpc.TenantsStub(channel),
-        )
+        return client_at(channel)
 
     def keep_clients(self) -> None:
         """Leaves what was opened open while the control plane stops; it is closed after that."""
