@@ -39,7 +39,6 @@ from guestagent.misbehaviour import Misbehaviour, spoil
 from guestagent.script import (
     DEFAULT_STATS,
     OUTPUT_BYTES,
-    REHEARSAL,
     SIGNAL_EXIT_CODE,
     WINDOW_BYTES,
     Script,
@@ -82,6 +81,7 @@ class FakeAgent:
         self.stats = stats
         self.prepared: Prepare | None = None
         self.configured: Configure | None = None
+        self.rehearsed: Configure | None = None
         self.renewed: Renew | None = None
         self.frozen = False
         self.powered_off = False
@@ -182,6 +182,7 @@ class FakeAgent:
             Kind.HELLO: self._hello,
             Kind.CONFIGURE: self._configure,
             Kind.PREPARE: self._prepare,
+            Kind.REHEARSE: self._rehearse,
             Kind.RENEW: self._renew,
             Kind.FREEZE: self._freeze,
             Kind.THAW: self._thaw,
@@ -227,12 +228,22 @@ class FakeAgent:
             raise OSError(errno.EALREADY, "prepared or configured already")
         self.prepared = decode_prepare(body)
 
+    def _rehearse(self, body: object) -> None:
+        if self.prepared is None and self.configured is None:
+            raise OSError(errno.EINVAL, "PREPARE comes first")
+        self.rehearsed = self._identity(body)
+
     def _configure(self, body: object) -> None:
+        self.configured = self._identity(body)
+
+    def _identity(self, body: object) -> Configure:
         if self.configured is not None:
             raise OSError(errno.EALREADY, "configured already")
         if self.prepared is not None and self.prepared.layers != decode_configure(body).layers:
             raise OSError(errno.EINVAL, "other layers than these were prepared")
-        self.configured = decode_configure(body)
+        if self.rehearsed is not None and self._procs:
+            raise OSError(errno.EBUSY, "something of a rehearsal is left")
+        return decode_configure(body)
 
     def _freeze(self, deadline_ms: int) -> None:
         if self.configured is None:
@@ -251,11 +262,13 @@ class FakeAgent:
 
     def _start(self, body: object) -> int:
         start = decode_start(body)
-        if self.configured is None and self.prepared is None:
+        if self.configured is None and self.rehearsed is None:
             raise OSError(errno.EAGAIN, "not configured yet")
+        if self.configured is None and start.proc == MAIN_PROC:
+            raise OSError(errno.EINVAL, "a rehearsal has no main process")
         if start.proc in self._procs:
             raise OSError(errno.EEXIST, f"process {start.proc} exists")
-        script = REHEARSAL if self.configured is None else self._scripts(start)
+        script = self._scripts(start)
         if script.refuse:
             raise OSError(script.refuse, script.message)
         pid = 100 + len(self._procs)

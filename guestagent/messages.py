@@ -43,6 +43,7 @@ class Kind(IntEnum):
     RENEW = 12
     FREEZE = 13
     THAW = 14
+    REHEARSE = 30
     REPLY = 64
     OUTPUT = 65
     EXITED = 66
@@ -99,6 +100,8 @@ class Prepare:
 @dataclass(frozen=True)
 class Configure:
     """What makes a booted guest one particular sandbox. Given once per boot (a second time is EALREADY).
+
+    Also what a prepared guest rehearses it with, any number of times before: that identity is thrown away.
 
     `layers` are EROFS volume uuids (16 bytes each), lowest first. `upper_mib` bounds the writable layer.
     `entropy` is at least 32 fresh random bytes; never use the same twice. `machine_id` is 32 hex digits.

@@ -186,6 +186,10 @@ class AgentSession:
     def configure(self, configure: Configure) -> tuple[int, bytes]:
         return self._request(Kind.CONFIGURE, encode_configure(configure))
 
+    def rehearse(self, configure: Configure) -> tuple[int, bytes]:
+        """Prepared guests only. EBUSY while anything of an earlier rehearsal is left."""
+        return self._request(Kind.REHEARSE, encode_configure(configure))
+
     def freeze(self, deadline_ms: int) -> tuple[int, bytes]:
         """Answered when the workload stands still; ETIMEDOUT, and it goes on, when it does not by the deadline."""
         require_uint(deadline_ms, "deadline_ms", U32_MAX, 1)

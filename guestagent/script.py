@@ -54,10 +54,6 @@ class Script:
     message: str = ""
 
 
-REHEARSAL = Script(stdout=b"r")
-"""What the agent runs in place of the command in a guest that is prepared and not configured."""
-
-
 def default_script(start: StartProcess) -> Script:
     """Of the name in argv[0]: true, false, echo, cat, sleep (until killed), exit N, fault (SIGSEGV)."""
     name, arguments = start.argv[0].rsplit(b"/", 1)[-1], start.argv[1:]

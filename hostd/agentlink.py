@@ -205,6 +205,14 @@ class AgentLink:
         except GuestRefused as refusal:
             raise StartFailed(f"the guest could not be set up: {refusal}", reason="ConfigureFailed") from refusal
 
+    async def rehearse(self, configure: Configure) -> None:
+        """Gives a prepared guest an identity to throw away. StartFailed with the guest's words when it cannot, also
+        when anything of the last rehearsal still lives in it."""
+        try:
+            await self.request(lambda session: session.rehearse(configure), configure.deadline_ms / 1000 + 10)
+        except GuestRefused as refusal:
+            raise StartFailed(f"the guest cannot be rehearsed: {refusal}", reason="RehearsalFailed") from refusal
+
     async def freeze(self, deadline_s: float) -> None:
         """Has the workload stand still, and returns when it does. NotRunning with the guest's words when it cannot;
         then it goes on."""

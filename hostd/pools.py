@@ -108,6 +108,7 @@ class _Pool:
     why: str = ""
     short: str = ""
     told: str = ""
+    unrehearsed: str = ""  # as it was told
 
 
 class Pools:
@@ -309,7 +310,12 @@ class Pools:
         spec = member.pool.member_spec(member.uid)
         image = await self._host.take_image(spec)
         plan = StartPlan(spec, image.layers, member.vm_uid, self._host.run_dir / member.uid)
-        return await warming.prewarm(plan, lambda handle: None)
+        guest = await warming.prewarm(plan, lambda handle: None)
+        pool = self._pools.get(member.pool.uid)
+        if pool is not None and guest.unrehearsed not in ("", pool.unrehearsed):
+            pool.unrehearsed = guest.unrehearsed
+            self._host.pool_event(spec.name, "NotRehearsed", f"claims will be slower: {guest.unrehearsed}")
+        return guest
 
     async def _leave(self, member: Member) -> None:
         """Ends what is the pool's; a claimed member's guest is its sandbox's."""

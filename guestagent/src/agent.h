@@ -62,12 +62,13 @@ struct proc {
 struct world {
     pid_t init; /* 0: none runs */
     bool ended; /* killed, and not replaced */
-    int mnt_fd, ipc_fd, pts_fd, proc_fd, shm_fd;
+    int mnt_fd, ipc_fd, pid_fd, pts_fd, proc_fd, shm_fd;
 };
 
 /* The workload's cgroup, in which it can be made to stand still. */
 struct freezer {
     int group_fd; /* -1: there is none, on a build machine */
+    int apart_fd; /* the group of rehearsals */
     bool frozen;
     uint32_t id; /* FREEZE's request while it is not all still, else 0 */
     uint64_t deadline_ms, retry_ms;
@@ -75,8 +76,8 @@ struct freezer {
 
 /* What CONFIGURE asked for, kept while its layers' devices are waited for. */
 struct pending_configure {
-    uint32_t id;    /* 0: none is pending */
-    bool preparing; /* for PREPARE: the image only, no identity */
+    uint32_t id;   /* 0: none is pending */
+    bool nameless; /* PREPARE or REHEARSE: nobody lives there afterwards */
     uint64_t deadline_ms, retry_ms;
     uint64_t upper_mib;
     uint32_t layer_count;
@@ -92,9 +93,10 @@ struct agent {
     bool in_guest;    /* PID 1 of a guest; else the same program on a build machine (main.c) */
     const char *root; /* what becomes the workload's root */
     int epoll_fd, signal_fd, port_fd, listener_fd, pressure_fd;
-    bool greeted;  /* HELLO was answered in this session */
-    bool prepared; /* the layers named in `pending` are mounted, the workload's world is made; nobody lives
-                      there */
+    bool greeted;   /* HELLO was answered in this session */
+    bool prepared;  /* the layers named in `pending` are mounted, the workload's world is made; nobody lives
+                       there */
+    bool rehearsed; /* and REHEARSE gave it an identity to throw away: a program may run, apart from all */
     bool configured, peer_gone;
     char boot_id[40];
     struct rx rx;
@@ -163,6 +165,7 @@ void proc_winsize(struct proc *proc, uint16_t rows, uint16_t cols);
 /* configure.c, layers.c, world.c, identity.c: 0 or an errno, with a message in agent->reason. */
 int prepare_begin(struct agent *agent, const struct message *message);
 int configure_begin(struct agent *agent, const struct message *message); /* 0: the reply comes later */
+int rehearse_begin(struct agent *agent, const struct message *message);
 void configure_step(struct agent *agent, uint64_t now);
 void configure_cancel(struct agent *agent);
 bool layers_find(struct pending_configure *pending);
@@ -171,6 +174,7 @@ int layers_mount(struct agent *agent);
 void layers_unmount(void);
 int world_start(struct agent *agent);
 int world_resize(struct agent *agent);
+pid_t world_fork_apart(struct agent *agent);
 void world_kill(struct agent *agent);
 void world_leave(struct agent *agent); /* at the end, on a build machine */
 int identity_kernel(struct agent *agent, const struct configure *configure);
@@ -181,6 +185,9 @@ int loopback_up(void);
 /* freezer.c */
 void freezer_open(struct agent *agent);
 pid_t freezer_fork(const struct agent *agent); /* fork(2), the child in the workload's cgroup */
+pid_t freezer_fork_apart(
+    const struct agent *agent); /* in that of rehearsals, and a PID namespace of its own */
+bool rehearsal_lives(const struct agent *agent);
 int freeze_begin(struct agent *agent, const struct message *message); /* 0: the reply comes later */
 void freeze_step(struct agent *agent, uint64_t now);
 void freeze_cancel(struct agent *agent);

@@ -108,7 +108,7 @@ static void find_user(const struct bytes *asked, struct user *user) {
     }
 }
 
-static void become(const struct user *user) {
+static void become(const struct user *user, bool powerless) {
     gid_t groups[MAX_GROUPS];
     for (uint32_t i = 0; i < user->group_count; i++) {
         groups[i] = user->groups[i];
@@ -119,7 +119,7 @@ static void become(const struct user *user) {
             check(fchown(fd, user->uid, (gid_t)-1), "stdio");
         }
     }
-    errno = capabilities_limit(false);
+    errno = capabilities_limit(powerless);
     check(errno ? -1 : 0, "capabilities");
     check(setgroups(user->group_count, groups), "groups");
     check(setresgid(user->gid, user->gid, user->gid), "gid");
@@ -197,13 +197,6 @@ static _Noreturn void run(char **argv, char **env) {
     fail(worst, worst == ENOENT ? "not found in PATH: " : "", name, strlen(name));
 }
 
-/* All that a START needs has run once when this has, but for the program of the image. */
-static _Noreturn void rehearse(char **env) {
-    char *argv[] = {"sandloom-agent", "--rehearsal", NULL};
-    execve("/proc/self/exe", argv, env);
-    fail(errno, "rehearsal", "", 0);
-}
-
 static void standard_limits(void) {
     struct rlimit files = {OPEN_FILES_SOFT, OPEN_FILES_HARD};
     setrlimit(RLIMIT_NOFILE, &files); /* as it was, where that is not allowed */
@@ -224,8 +217,9 @@ _Noreturn void child_run(const struct child *child) {
     reset_signals();
     status_fd = child->status;
     check((int)write(status_fd, &hello, sizeof(hello)), "status pipe");
+    check(child->rehearsal ? rehearsal_enter() : 0, "rehearsal");
     check(setns(child->mnt_fd, CLONE_NEWNS), "mount namespace");
-    check(setns(child->ipc_fd, CLONE_NEWIPC), "IPC namespace");
+    check(child->rehearsal ? rehearsal_confine() : setns(child->ipc_fd, CLONE_NEWIPC), "IPC namespace");
     place_files(child);
     check(chdir("/"), "root");
     check(setsid(), "session");
@@ -245,7 +239,10 @@ _Noreturn void child_run(const struct child *child) {
         env[start->env.size] = copy(&home);
     }
     standard_limits();
-    become(&user);
+    if (child->rehearsal) {
+        user = (struct user){.uid = REHEARSAL_UID, .gid = REHEARSAL_UID};
+    }
+    become(&user, child->rehearsal);
     if (chdir(cwd) < 0) {
         struct text why;
         char buffer[64];
@@ -255,8 +252,6 @@ _Noreturn void child_run(const struct child *child) {
         text_add(&why, ") ");
         fail(EINVAL, why.data, cwd, strlen(cwd));
     }
-    if (child->rehearsal) {
-        rehearse(env);
-    }
+    check(child->rehearsal ? rehearsal_bound() : 0, "rehearsal");
     run(argv, env);
 }

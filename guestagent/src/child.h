@@ -19,7 +19,7 @@ struct child {
     int mnt_fd, ipc_fd; /* the workload's namespaces */
     int in, out, err;   /* what become 0, 1 and 2; with a terminal all the same */
     int status;
-    bool rehearsal; /* there is no identity yet: our own program runs in place of the workload's */
+    bool rehearsal; /* there is no identity yet: apart from all, and nothing of it is kept */
 };
 
 _Noreturn void child_run(const struct child *child);
@@ -27,5 +27,12 @@ _Noreturn void child_run(const struct child *child);
 int capabilities_limit(bool none);
 /* The set in force for uid 0. */
 int capabilities_apply(bool none);
+
+/* rehearsal.c: 0, or -1 with errno. enter: within the agent's own mounts still; confine: when the root is the
+ * workload's; bound: last, before the exec. */
+int rehearsal_enter(void);
+int rehearsal_confine(void);
+int rehearsal_bound(void);
+enum { REHEARSAL_UID = 0x7ffffffe }; /* nobody's, and nobody's keys are found by another */
 
 #endif

@@ -3,6 +3,9 @@
  * PREPARE does all that is the same for every sandbox of an image: it mounts the layers and makes the
  * workload's world. A template of that image is frozen so, and its clones' CONFIGURE gives them their
  * identity only.
+ *
+ * REHEARSE does the rest of CONFIGURE with an identity that CONFIGURE replaces: then all of this has run
+ * once, and a program of the image may (rehearsal.c).
  */
 #include <errno.h>
 #include <string.h>
@@ -17,15 +20,15 @@ static void remember(struct agent *agent, const struct message *message) {
     struct pending_configure *pending = &agent->pending;
     memset(pending, 0, sizeof(*pending));
     pending->id = message->id;
-    pending->preparing = message->kind == KIND_PREPARE;
+    pending->nameless = message->kind != KIND_CONFIGURE;
     pending->retry_ms = now_ms();
     pending->deadline_ms = pending->retry_ms + configure->deadline_ms;
-    pending->upper_mib = pending->preparing ? PREPARED_UPPER_MIB : configure->upper_mib;
+    pending->upper_mib = message->kind == KIND_PREPARE ? PREPARED_UPPER_MIB : configure->upper_mib;
     pending->layer_count = configure->layer_count;
     for (uint32_t i = 0; i < configure->layer_count; i++) {
         memcpy(pending->layers[i], configure->layers[i].data, UUID_BYTES);
     }
-    if (!pending->preparing) {
+    if (message->kind != KIND_PREPARE) {
         memcpy(pending->hostname, configure->hostname.data, configure->hostname.size);
         memcpy(pending->machine_id, configure->machine_id.data, configure->machine_id.size);
     }
@@ -54,6 +57,9 @@ int configure_begin(struct agent *agent, const struct message *message) {
     if (agent->prepared && !are_prepared(agent, &message->of.configure)) {
         return because(agent, EINVAL, "other layers than these were prepared", "");
     }
+    if (message->kind == KIND_CONFIGURE && agent->rehearsed && rehearsal_lives(agent)) {
+        return because(agent, EBUSY, "something of a rehearsal is left", "");
+    }
     if (agent->in_guest) {
         int error = identity_kernel(agent, &message->of.configure);
         if (error) {
@@ -62,6 +68,13 @@ int configure_begin(struct agent *agent, const struct message *message) {
     }
     remember(agent, message);
     return 0;
+}
+
+int rehearse_begin(struct agent *agent, const struct message *message) {
+    if (!agent->prepared && !agent->configured) {
+        return because(agent, EINVAL, "PREPARE comes first", "");
+    }
+    return configure_begin(agent, message);
 }
 
 static int missing(struct agent *agent) {
@@ -97,7 +110,8 @@ static int finish(struct agent *agent) {
     if (error) {
         forget(agent);
     }
-    agent->prepared = error == 0 && agent->pending.preparing;
+    agent->rehearsed = error == 0 && agent->prepared && agent->pending.nameless;
+    agent->prepared = error == 0 && agent->pending.nameless;
     return error;
 }
 
@@ -107,7 +121,14 @@ void configure_step(struct agent *agent, uint64_t now) {
         return;
     }
     int error;
-    if (!agent->in_guest || agent->prepared || layers_find(pending)) {
+    if (agent->rehearsed && rehearsal_lives(agent)) { /* one that failed to exec takes a moment to be gone */
+        error = EBUSY;
+        if (now < pending->deadline_ms) {
+            pending->retry_ms = now + RETRY_MS;
+            return;
+        }
+        because(agent, error, "something of a rehearsal is left", "");
+    } else if (!agent->in_guest || agent->prepared || layers_find(pending)) {
         error = finish(agent);
     } else if (now < pending->deadline_ms) {
         pending->retry_ms = now + RETRY_MS;
@@ -118,7 +139,7 @@ void configure_step(struct agent *agent, uint64_t now) {
     if (error) {
         reply_error(agent, pending->id, error);
     } else {
-        agent->configured = !pending->preparing;
+        agent->configured = !pending->nameless;
         reply_nil(agent, pending->id);
     }
     pending->id = 0;

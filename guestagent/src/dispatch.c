@@ -1,5 +1,5 @@
-/* What each message does. A request gets exactly one REPLY, here or (START, CONFIGURE, FREEZE) when it is
- * done. */
+/* What each message does. A request gets exactly one REPLY, here or (START, CONFIGURE and the like, FREEZE)
+ * when it is done. */
 #include <errno.h>
 #include <signal.h>
 #include <string.h>
@@ -142,6 +142,9 @@ static int request(struct agent *agent, const struct message *message) {
         return error ? error : ALREADY;
     case KIND_PREPARE:
         error = prepare_begin(agent, message);
+        return error ? error : ALREADY;
+    case KIND_REHEARSE:
+        error = rehearse_begin(agent, message);
         return error ? error : ALREADY;
     case KIND_FREEZE:
         error = freeze_begin(agent, message);

@@ -19,25 +19,53 @@
 
 #define TREE "/sys/fs/cgroup"
 #define GROUP TREE "/workload"
+#define APART TREE "/rehearsal"
 
 enum { FREEZE_RETRY_MS = 2, EVENTS_BYTES = 256 };
 
+/* Whether a group's events have that line. */
+static bool says(int group_fd, const char *line) {
+    char events[EVENTS_BYTES];
+    int fd = openat(group_fd, "cgroup.events", O_RDONLY | O_CLOEXEC);
+    ssize_t size = fd < 0 ? -1 : read(fd, events, sizeof(events) - 1);
+    if (fd >= 0) {
+        close(fd);
+    }
+    events[size > 0 ? size : 0] = '\0';
+    return strstr(events, line) != NULL;
+}
+
 void freezer_open(struct agent *agent) {
     if (mount("cgroup2", TREE, "cgroup2", MS_NOSUID | MS_NODEV | MS_NOEXEC, NULL) < 0 ||
-        (mkdir(GROUP, 0755) < 0 && errno != EEXIST)) {
+        (mkdir(GROUP, 0755) < 0 && errno != EEXIST) || (mkdir(APART, 0755) < 0 && errno != EEXIST)) {
         log_line("no cgroup for the workload: ", GROUP, errno); /* FREEZE says so, too */
         return;
     }
     agent->freezer.group_fd = open(GROUP, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+    agent->freezer.apart_fd = open(APART, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+}
+
+static pid_t fork_into(int group_fd, uint64_t flags) {
+    struct clone_args how = {.flags = flags, .exit_signal = SIGCHLD};
+    if (group_fd >= 0) {
+        how.flags |= CLONE_INTO_CGROUP;
+        how.cgroup = (uint64_t)group_fd;
+    }
+    return (pid_t)syscall(SYS_clone3, &how, sizeof(how));
 }
 
 pid_t freezer_fork(const struct agent *agent) {
-    if (agent->freezer.group_fd < 0) {
-        return fork();
-    }
-    struct clone_args how = {
-        .flags = CLONE_INTO_CGROUP, .exit_signal = SIGCHLD, .cgroup = (uint64_t)agent->freezer.group_fd};
-    return (pid_t)syscall(SYS_clone3, &how, sizeof(how));
+    return agent->freezer.group_fd < 0 ? fork() : fork_into(agent->freezer.group_fd, 0);
+}
+
+pid_t freezer_fork_apart(const struct agent *agent) {
+    return fork_into(agent->freezer.apart_fd, CLONE_NEWPID);
+}
+
+/* Any process of a rehearsal, or a record of one. */
+bool rehearsal_lives(const struct agent *agent) {
+    return agent->proc_end > 0 ||
+           (agent->freezer.apart_fd >= 0 && !says(agent->freezer.apart_fd, "populated 0"));
 }
 
 static int set_frozen(const struct agent *agent, bool frozen) {
@@ -47,17 +75,6 @@ static int set_frozen(const struct agent *agent, bool frozen) {
         close(fd);
     }
     return error;
-}
-
-static bool all_still(const struct agent *agent) {
-    char events[EVENTS_BYTES];
-    int fd = openat(agent->freezer.group_fd, "cgroup.events", O_RDONLY | O_CLOEXEC);
-    ssize_t size = fd < 0 ? -1 : read(fd, events, sizeof(events) - 1);
-    if (fd >= 0) {
-        close(fd);
-    }
-    events[size > 0 ? size : 0] = '\0';
-    return strstr(events, "frozen 1") != NULL;
 }
 
 int thaw(struct agent *agent) {
@@ -95,7 +112,7 @@ void freeze_step(struct agent *agent, uint64_t now) {
         return;
     }
     uint32_t id = freezer->id;
-    if (all_still(agent)) {
+    if (says(freezer->group_fd, "frozen 1")) {
         freezer->frozen = true;
         freezer->id = 0;
         reply_nil(agent, id);

@@ -7,10 +7,6 @@
  * a port do. DIR
  * ("/" too) is the root of the workload, which gets its namespaces, its /dev and its limits as in a guest.
  * Needs root.
- *
- *     sandloom-agent --rehearsal
- *
- * is what a START runs before CONFIGURE (child.c): it maps and reads a file of the image and says one byte.
  */
 #include <errno.h>
 #include <fcntl.h>
@@ -48,7 +44,8 @@ static bool prepare(void) {
     signal(SIGPIPE, SIG_IGN);
     agent.epoll_fd = epoll_create1(EPOLL_CLOEXEC);
     agent.signal_fd = signalfd(-1, &children, SFD_NONBLOCK | SFD_CLOEXEC);
-    agent.port_fd = agent.listener_fd = agent.pressure_fd = agent.freezer.group_fd = -1;
+    agent.port_fd = agent.listener_fd = agent.pressure_fd = -1;
+    agent.freezer.group_fd = agent.freezer.apart_fd = -1;
     if (rx == NULL || tx == NULL || agent.epoll_fd < 0 || agent.signal_fd < 0) {
         return false;
     }
@@ -86,30 +83,7 @@ static void spare_from_oom(void) {
     }
 }
 
-/* Faults pages of the image in as an exec does, without running any of them. */
-static void look_at(const char *path) {
-    enum { PAGE = 4096, MOST = 64 * PAGE };
-    int fd = open(path, O_RDONLY | O_CLOEXEC | O_NONBLOCK);
-    off_t size = fd < 0 ? 0 : lseek(fd, 0, SEEK_END);
-    size_t length = size > MOST ? MOST : size > 0 ? (size_t)size : 0;
-    volatile char *at = length ? mmap(NULL, length, PROT_READ, MAP_PRIVATE, fd, 0) : MAP_FAILED;
-    for (size_t i = 0; at != MAP_FAILED && i < length; i += PAGE) {
-        (void)at[i];
-    }
-    if (fd >= 0) {
-        close(fd);
-    }
-}
-
-static int rehearsal(void) {
-    look_at("/bin/sh");
-    return write(1, "r", 1) == 1 ? 0 : 1;
-}
-
 int main(int argc, char **argv) {
-    if (argc == 2 && getpid() != 1 && strcmp(argv[1], "--rehearsal") == 0) {
-        return rehearsal();
-    }
     agent.in_guest = getpid() == 1;
     if (!prepare()) {
         log_line("cannot begin", "", errno);

@@ -169,6 +169,8 @@ static const char *parse_fields(const msgpack_object *at, struct message *to) {
         return take_uint(&at[0], 0, UINT32_MAX, &to->of.version) ? NULL : "HELLO: version";
     case KIND_CONFIGURE:
         return at[0].type == MSGPACK_OBJECT_MAP ? parse_configure(&at[0], &to->of.configure) : "CONFIGURE";
+    case KIND_REHEARSE:
+        return at[0].type == MSGPACK_OBJECT_MAP ? parse_configure(&at[0], &to->of.configure) : "REHEARSE";
     case KIND_PREPARE:
         return at[0].type == MSGPACK_OBJECT_MAP ? parse_layers(&at[0], &to->of.configure) : "PREPARE";
     case KIND_RENEW:
@@ -213,9 +215,36 @@ static const char *parse_fields(const msgpack_object *at, struct message *to) {
     }
 }
 
+/* How many fields follow the id; -1 where there is no such kind of the host's. */
+static int field_count(enum kind kind) {
+    switch (kind) {
+    case KIND_STATS:
+    case KIND_THAW:
+        return 0;
+    case KIND_HELLO:
+    case KIND_CONFIGURE:
+    case KIND_START:
+    case KIND_SHUTDOWN:
+    case KIND_FORGET:
+    case KIND_PREPARE:
+    case KIND_RENEW:
+    case KIND_FREEZE:
+    case KIND_REHEARSE:
+        return 1;
+    case KIND_SIGNAL:
+        return 2;
+    case KIND_ACK:
+    case KIND_WINSIZE:
+        return 3;
+    case KIND_STDIN:
+        return 4;
+    default:
+        return -1;
+    }
+}
+
 const char *message_parse(const uint8_t *payload, size_t size, msgpack_unpacked *room,
                           struct message *message) {
-    static const uint8_t fields[KIND_THAW + 1] = {0, 1, 1, 1, 4, 3, 2, 3, 0, 1, 1, 1, 1, 1, 0};
     size_t offset = 0;
     uint64_t kind = 0;
     memset(message, 0, sizeof(*message));
@@ -227,7 +256,8 @@ const char *message_parse(const uint8_t *payload, size_t size, msgpack_unpacked 
         return "not a msgpack array";
     }
     const msgpack_object *at = room->data.via.array.ptr;
-    if (!take_uint(&at[0], KIND_HELLO, KIND_THAW, &kind) || !take_u32(&at[1], 0, &message->id)) {
+    if (!take_uint(&at[0], KIND_HELLO, KIND_REHEARSE, &kind) || field_count((enum kind)kind) < 0 ||
+        !take_u32(&at[1], 0, &message->id)) {
         return "kind is not one of the host's, or id is no u32";
     }
     message->kind = (enum kind)kind;
@@ -235,7 +265,7 @@ const char *message_parse(const uint8_t *payload, size_t size, msgpack_unpacked 
     if (notice != (message->id == 0)) {
         return "id does not go with the kind";
     }
-    if (room->data.via.array.size != 2u + fields[kind]) {
+    if ((int)room->data.via.array.size != 2 + field_count(message->kind)) {
         return "wrong number of fields";
     }
     return parse_fields(at + 2, message);

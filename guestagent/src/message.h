@@ -41,6 +41,7 @@ enum kind {
     KIND_RENEW = 12,
     KIND_FREEZE = 13,
     KIND_THAW = 14,
+    KIND_REHEARSE = 30,
     KIND_REPLY = 64,
     KIND_OUTPUT = 65,
     KIND_EXITED = 66,
@@ -53,7 +54,8 @@ struct bytes {
     size_t size;
 };
 
-/* Of PREPARE only layers and deadline_ms; of RENEW all but layers, upper_mib and deadline_ms. */
+/* All of it in CONFIGURE and REHEARSE; of PREPARE only layers and deadline_ms; of RENEW all but layers,
+ * upper_mib and deadline_ms. */
 struct configure {
     struct bytes hostname, entropy, machine_id;
     struct bytes layers[MAX_LAYERS]; /* UUID_BYTES each, lowest first */

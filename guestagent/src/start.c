@@ -83,7 +83,7 @@ static int fork_child(struct agent *agent, const struct start *start, struct end
         .status = ends->status[1],
         .rehearsal = !agent->configured,
     };
-    *pid = freezer_fork(agent);
+    *pid = child.rehearsal ? world_fork_apart(agent) : freezer_fork(agent);
     if (*pid == 0) {
         child_run(&child);
     }
@@ -94,8 +94,11 @@ int proc_start(struct agent *agent, const struct message *message) {
     const struct start *start = &message->of.start;
     struct ends ends;
     memset(&ends, -1, sizeof(ends));
-    if (!agent->configured && !agent->prepared) {
+    if (!agent->configured && !agent->rehearsed) {
         return because(agent, EAGAIN, "CONFIGURE comes first", "");
+    }
+    if (!agent->configured && message->proc == MAIN_PROC) {
+        return because(agent, EINVAL, "a rehearsal has no main process", "");
     }
     if (agent->shutdown != SHUTDOWN_NONE || agent->world.init == 0 || agent->world.ended) {
         return because(agent, ESHUTDOWN, "the sandbox's main process has ended", "");

@@ -195,11 +195,12 @@ static bool hold(struct world *world) {
     struct statfs info;
     world->mnt_fd = open_of(world->init, "/ns/mnt", O_RDONLY);
     world->ipc_fd = open_of(world->init, "/ns/ipc", O_RDONLY);
+    world->pid_fd = open_of(world->init, "/ns/pid", O_RDONLY);
     world->pts_fd = open_of(world->init, "/root/dev/pts", O_RDONLY | O_DIRECTORY);
     world->proc_fd = open_of(world->init, "/root/proc", O_RDONLY | O_DIRECTORY);
     world->shm_fd = open_of(world->init, "/root/dev/shm", O_RDONLY | O_DIRECTORY);
-    return world->mnt_fd >= 0 && world->ipc_fd >= 0 && world->pts_fd >= 0 && world->proc_fd >= 0 &&
-           fstatfs(world->shm_fd, &info) == 0 && info.f_type == TMPFS_MAGIC &&
+    return world->mnt_fd >= 0 && world->ipc_fd >= 0 && world->pid_fd >= 0 && world->pts_fd >= 0 &&
+           world->proc_fd >= 0 && fstatfs(world->shm_fd, &info) == 0 && info.f_type == TMPFS_MAGIC &&
            fstatfs(world->pts_fd, &info) == 0 && info.f_type == DEVPTS_SUPER_MAGIC &&
            fstatfs(world->proc_fd, &info) == 0 && info.f_type == PROC_SUPER_MAGIC;
 }
@@ -229,6 +230,26 @@ static int own_pid_namespace(void) {
         close(own);
     }
     return failed;
+}
+
+/* A child in a PID namespace of its own beside the workload's, which sees nothing of it: neither a process
+ * nor a number that was used. When this child ends, the kernel has ended all that it made. */
+pid_t world_fork_apart(struct agent *agent) {
+    errno = own_pid_namespace(); /* from where one can be made */
+    if (errno != 0) {
+        return -1;
+    }
+    pid_t pid = freezer_fork_apart(agent);
+    if (pid != 0 && setns(agent->world.pid_fd, CLONE_NEWPID) < 0) {
+        int error = errno;
+        if (pid > 0) {
+            kill(pid, SIGKILL);
+        }
+        world_kill(agent); /* nothing more can be started in it */
+        errno = error;
+        return -1;
+    }
+    return pid;
 }
 
 int world_start(struct agent *agent) {

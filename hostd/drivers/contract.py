@@ -158,6 +158,7 @@ class WarmGuest(Protocol):
     """A guest that is nobody's yet and stands still, ready to become a sandbox. Its handle names it (`member`)."""
 
     handle: Handle
+    unrehearsed: str  # why no program of the image could run in it, so that its claim will be slower; "" when one did
 
     async def wait_gone(self) -> Loss:
         """Returns as soon as its process is gone or its agent lost."""
@@ -182,8 +183,9 @@ class Warming(Protocol):
     async def prewarm(self, plan: StartPlan, made: Callable[[Handle], None]) -> WarmGuest:
         """Makes a guest that any sandbox of the plan's image, vCPUs and ceiling bucket can become, and pauses it.
 
-        The plan's spec says sizes and image; its uid is the member's. No program of the image runs, and the guest gets
-        no identity. On any error nothing of it is left; StartFailed, TemplateUnusable, InvalidSpec."""
+        The plan's spec says sizes and image; its uid is the member's. Programs of the image may run in it, with
+        nothing of a sandbox's, bounded in time, and without leaving anything. On any error nothing of it is left;
+        StartFailed, TemplateUnusable, InvalidSpec."""
         ...
 
     async def claim(self, guest: WarmGuest, plan: StartPlan, made: Callable[[Handle], None]) -> Engine:

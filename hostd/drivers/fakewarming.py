@@ -37,6 +37,7 @@ class FakeWarmGuest:
         self.machine, self.folder = machine, folder
         self.handle = machine.handle
         self.outdated = False
+        self.unrehearsed = ""
 
     async def wait_gone(self) -> Loss:
         """See WarmGuest.wait_gone."""
@@ -60,6 +61,7 @@ class FakeWarming:
     def __init__(self, machines: Machines) -> None:
         self._machines = machines
         self.claims = 0
+        self.unrehearsed = ""  # what the guests to come say of themselves
 
     async def prewarm(self, plan: StartPlan, made: Callable[[Handle], None]) -> FakeWarmGuest:
         """See Warming.prewarm."""
@@ -69,7 +71,9 @@ class FakeWarming:
         except BaseException:
             plan.folder.rmdir()
             raise
-        return FakeWarmGuest(machine, plan.folder)
+        guest = FakeWarmGuest(machine, plan.folder)
+        guest.unrehearsed = self.unrehearsed
+        return guest
 
     async def claim(self, guest: WarmGuest, plan: StartPlan, made: Callable[[Handle], None]) -> Engine:
         """See Warming.claim."""

@@ -60,7 +60,7 @@ def floor_initrd(folder: Path) -> Path:
 
 def bare_boot(host: Bench, initrd: Path) -> float:
     """Milliseconds from exec to the first line of the initramfs's only program."""
-    accel = "kvm" if host.accel == "kvm" else "tcg,tb-size=16"
+    accel = "kvm" if host.accel == "kvm" else "tcg,tb-size=32"
     argv = [
         "qemu-system-x86_64", "-M", "q35,sata=off,usb=off,smbus=off,vmport=off,hpet=off", "-accel", accel,
         "-cpu", "host" if host.accel == "kvm" else "max", "-smp", "1", "-m", f"{MIN_BASE_RAM_MIB}M", "-nodefaults",

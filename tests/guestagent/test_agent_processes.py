@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import re
 import signal
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -35,18 +37,93 @@ def test_nothing_starts_before_configure(agent: RealAgent) -> None:
     assert refusal(agent.connect(), 1, b"true").errno == errno.EAGAIN
 
 
-def test_a_prepared_guest_rehearses_a_start_and_runs_nothing_of_the_image(agent: RealAgent) -> None:
+IDENTITY = replace(CONFIGURE, hostname=b"nobody", machine_id=b"f" * 32)
+TRIES = """
+exec 2>/dev/null
+for path in /sandloom-left /tmp/sandloom-left /dev/shm/sandloom-left /var/tmp/sandloom-left; do
+    echo left > $path && echo wrote $path
+done
+mkfifo /tmp/sandloom-fifo && echo made a fifo
+chmod 700 /tmp && echo changed a mode
+mount -t tmpfs none /mnt && echo mounted
+setsid sleep 86399.25 &
+sleep 86399.25 &
+kill -9 1 2>/dev/null
+"""
+
+
+def rehearsing(agent: RealAgent) -> Link:
     link = agent.connect()
     link.ask(link.session.prepare(Prepare(CONFIGURE.layers, 5000)))
-    for proc in (2, 3):
-        link.ask(link.session.start(StartProcess(proc, (b"no-such-program",), env=(PATH,))))
-        assert link.exited(proc) == (0, 0)
-        assert link.out(proc) == b"r"
-        link.ask(link.session.forget(proc))
+    link.ask(link.session.rehearse(IDENTITY))
+    return link
+
+
+def running(argument: bytes) -> list[str]:
+    """Processes of this machine with that argument."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):
+            if argument in path.read_bytes().split(b"\0"):
+                found.append(path.parent.name)
+    return found
+
+
+def test_a_rehearsal_needs_a_prepared_guest_with_an_identity_to_throw_away(agent: RealAgent) -> None:
+    link = agent.connect()
+    with pytest.raises(GuestRefused) as caught:
+        link.ask(link.session.rehearse(IDENTITY))
+    assert caught.value.errno == errno.EINVAL
+    link.ask(link.session.prepare(Prepare(CONFIGURE.layers, 5000)))
+    assert refusal(link, 2, b"true").errno == errno.EAGAIN
+    link.ask(link.session.rehearse(IDENTITY))
+    assert refusal(link, 1, b"true").errno == errno.EINVAL  # there is no main process yet
+    assert refusal(link, 2, b"no-such-program").errno == errno.ENOENT
+    link.ask(link.session.rehearse(IDENTITY))  # waits for what failed to be gone
     link.ask(link.session.configure(CONFIGURE))
-    link.shell(4, "echo now")
-    assert link.exited(4) == (0, 0)
-    assert link.out(4) == b"now\n"
+    with pytest.raises(GuestRefused) as caught:
+        link.ask(link.session.rehearse(IDENTITY))
+    assert caught.value.errno == errno.EALREADY
+
+
+def test_a_rehearsal_may_change_nothing_and_nothing_of_it_lives_on(agent: RealAgent) -> None:
+    link = rehearsing(agent)
+    link.start(2, "sh", "-c", TRIES)
+    assert link.exited(2) == (0, 0)
+    assert link.out(2) == b""
+    link.ask(link.session.forget(2))
+    assert running(b"86399.25") == []
+    assert not any(Path(folder, "sandloom-left").exists() for folder in ("/", "/tmp", "/dev/shm", "/var/tmp"))
+    link.ask(link.session.rehearse(IDENTITY))
+    link.ask(link.session.configure(CONFIGURE))
+    link.shell(3, "echo $$; id -u; cat /proc/self/personality; test -w /tmp && echo writable")
+    assert link.exited(3) == (0, 0)
+    pid, uid, personality, writable = link.out(3).split()
+    assert (pid, uid, personality, writable) == (b"2", b"0", b"00000000", b"writable")
+
+
+def test_a_rehearsed_program_is_powerless(agent: RealAgent) -> None:
+    link = rehearsing(agent)
+    link.start(2, "sleep", "86399.75")
+    (pid,) = running(b"86399.75")
+    told = dict(line.split(":\t", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines())
+    assert told["Uid"].split() == told["Gid"].split() == ["2147483646"] * 4
+    assert told["Groups"].strip() == ""
+    assert {told[name] for name in ("CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb")} == {"0" * 16}
+    assert told["NoNewPrivs"] == "1"
+    assert told["NSpid"].split()[-1] == "1"
+    assert Path(f"/proc/{pid}/oom_score_adj").read_text() == "1000\n"
+    for kind in ("pid", "mnt", "ipc"):
+        assert Path(f"/proc/{pid}/ns/{kind}").readlink() != Path(f"/proc/self/ns/{kind}").readlink()
+    mounts = Path(f"/proc/{pid}/mountinfo").read_text().splitlines()
+    assert mounts and all("ro" in line.split()[5].split(",") for line in mounts)
+    with pytest.raises(GuestRefused) as caught:
+        link.ask(link.session.configure(CONFIGURE))
+    assert caught.value.errno == errno.EBUSY  # nobody comes to live beside it
+    link.ask(link.session.signal(2, signal.SIGKILL))
+    assert link.exited(2) == (-1, signal.SIGKILL)
+    link.ask(link.session.forget(2))
+    link.ask(link.session.configure(CONFIGURE))
 
 
 def test_outside_of_a_guest_nothing_is_frozen_and_nobody_renewed(link: Link) -> None:

@@ -113,13 +113,24 @@ def test_a_frozen_copy_becomes_somebody_else() -> None:
     assert reply(link, link.session.thaw()).refused is None
 
 
-def test_a_start_before_configure_is_a_rehearsal_in_a_prepared_guest() -> None:
+def test_a_start_before_configure_is_a_rehearsal_and_leaves_nothing() -> None:
     link = Link.connect(FakeAgent())
+    refused = reply(link, link.session.rehearse(CONFIGURE)).refused
+    assert refused is not None and refused.errno == errno.EINVAL
     assert reply(link, link.session.prepare(Prepare(CONFIGURE.layers, 1000))).refused is None
-    link.send(link.session.start(StartProcess(2, (b"nope",)))[1])
-    link.send(link.session.ack(2, Stream.STDOUT, 0))
-    assert output_of(link) == b"r"
-    assert link.events[-1] == Exited(2, 0, 0, False)
+    refused = reply(link, link.session.start(StartProcess(2, (b"true",)))).refused
+    assert refused is not None and refused.errno == errno.EAGAIN
+    assert reply(link, link.session.rehearse(CONFIGURE)).refused is None
+    refused = reply(link, link.session.start(StartProcess(1, (b"true",)))).refused
+    assert refused is not None and refused.errno == errno.EINVAL
+    link.send(link.session.start(StartProcess(3, (b"echo", b"r")))[1])
+    link.send(link.session.ack(3, Stream.STDOUT, 0))
+    assert output_of(link) == b"r\n"
+    refused = reply(link, link.session.configure(CONFIGURE)).refused
+    assert refused is not None and refused.errno == errno.EBUSY
+    link.send(link.session.ack(3, Stream.STDOUT, 2))
+    assert reply(link, link.session.forget(3)).refused is None
+    assert reply(link, link.session.configure(CONFIGURE)).refused is None
 
 
 def test_output_waits_for_the_window() -> None:

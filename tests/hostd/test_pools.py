@@ -62,6 +62,14 @@ async def test_a_pool_is_filled_counts_and_tells(host: Host) -> None:
     assert [(e.reason, e.kind) for e in host.events if e.subject == "web"] == [("PoolReady", "pool")]
 
 
+async def test_what_could_not_be_rehearsed_is_told_once(host: Host) -> None:
+    assert host.fake.warming is not None
+    host.fake.warming.unrehearsed = "sh: not found in PATH"
+    await filled(host)
+    told = [(e.reason, e.message) for e in host.events if e.subject == "web"]
+    assert told.count(("NotRehearsed", "claims will be slower: sh: not found in PATH")) == 1
+
+
 async def test_a_claim_takes_over_uid_directory_and_cgroup_and_the_pool_fills_up(host: Host) -> None:
     await filled(host)
     before = machines(host)

@@ -1,46 +1,38 @@
 """Warm guests: clones that were made before anybody asked, and stand still until a sandbox claims them.
 
 A member is a clone whose agent answered, whose image is mounted (in its template, or here by PREPARE) and whose memory
-is plugged. It is rehearsed before it is paused, because the first run of anything after a restore is slow: TCG has no
-translation of it yet, and each page of the template that is written is copied. A rehearsal is a START in which the
-agent runs a program of its own in place of the command: nothing of the tenant may run before CONFIGURE. What a claim
-has left to do is: limits, `cont`, CONFIGURE (fresh randomness, clock, names), memory; and the command itself, whose
-code (the image's loader, its libraries) is the one thing that cannot be warmed.
+is plugged. It is rehearsed before it is paused (hostd/drivers/qemu/rehearsal.py): CONFIGURE's steps, and programs of
+the image, confined and with an identity to throw away. What a claim has left to do is: limits, `cont`, CONFIGURE (fresh
+randomness, clock, names), memory, and the command itself.
 """
 
 from __future__ import annotations
 
 import asyncio
-import logging
+import secrets
 import time
 from collections.abc import Awaitable, Callable
 from contextlib import AsyncExitStack
 from dataclasses import replace
-from pathlib import Path
 
-from guestagent.messages import Prepare, StartProcess
+from guestagent.messages import Configure, Prepare
 from hostd.agentlink import AgentLink
 from hostd.drivers.contract import Engine, Loss, Region, StartPlan, WarmGuest
 from hostd.drivers.qemu.cloning import Cloner, Started
 from hostd.drivers.qemu.command import GuestShape
 from hostd.drivers.qemu.engine import QemuEngine
-from hostd.drivers.qemu.plan import LAYER_DEADLINE_MS, clone_memory, limits_for
+from hostd.drivers.qemu.plan import LAYER_DEADLINE_MS, clone_memory, configure_for, limits_for
+from hostd.drivers.qemu.rehearsal import rehearse
 from hostd.drivers.qemu.template import Choice, Origin, ceiling_bucket_mib, choose
 from hostd.drivers.qemu.templates import Templates
 from hostd.drivers.qemu.vmm import Vmm, Vmms, first_loss
-from hostd.errors import CommandFailed, InvalidSpec, StartFailed, TemplateUnusable
+from hostd.errors import InvalidSpec, StartFailed, TemplateUnusable
 from hostd.journal import Handle
 from hostd.regions import regions_of
 from hostd.spec import BLOCK_MIB, MemoryShape
 from hostd.tasks import to_its_end
 
-log = logging.getLogger("sandloom.hostd.warming")
-
-REHEARSALS = 3
 PLUG_DEADLINE_S, PLUG_POLL_S = 10.0, 0.02
-REHEARSED = StartProcess(
-    proc=2, argv=(b"rehearsal",), env=(), cwd=b"/", user=b"", tty=False, rows=24, cols=80, stdin=False
-)
 
 Phases = tuple[tuple[str, float], ...]
 Settle = Callable[[StartPlan, Handle, Vmm, AgentLink, Phases], Awaitable[QemuEngine]]
@@ -51,9 +43,16 @@ class QemuWarmGuest:
     """Implements hostd.drivers.contract.WarmGuest. `open` closes its control, link and watch."""
 
     def __init__(
-        self, handle: Handle, folder: Path, vmm: Vmm, link: AgentLink, templates: Templates, open_: AsyncExitStack
+        self,
+        started: Started,
+        plan: StartPlan,
+        templates: Templates,
+        open_: AsyncExitStack,
+        *,
+        unrehearsed: str,
     ) -> None:
-        self.handle, self.folder, self.vmm, self.link = handle, folder, vmm, link
+        self.handle, self.folder = replace(started.handle, member=plan.spec.uid), plan.folder
+        self.vmm, self.link, self.unrehearsed = started.vmm, started.link, unrehearsed
         self._templates, self.open = templates, open_
 
     async def wait_gone(self) -> Loss:
@@ -77,9 +76,15 @@ class QemuWarming:
     """Implements hostd.drivers.contract.Warming."""
 
     def __init__(
-        self, cloner: Cloner, vmms: Vmms, settle: Settle, *, clock: Callable[[], float] = time.monotonic
+        self,
+        cloner: Cloner,
+        vmms: Vmms,
+        settle: Settle,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+        time_ns: Callable[[], int] = time.time_ns,
     ) -> None:
-        self._cloner, self._vmms, self._settle, self._clock = cloner, vmms, settle, clock
+        self._cloner, self._vmms, self._settle, self._clock, self._time_ns = cloner, vmms, settle, clock, time_ns
 
     async def prewarm(self, plan: StartPlan, made: Callable[[Handle], None]) -> QemuWarmGuest:
         """See Warming.prewarm. The image's template is made when it is missing; until then a generic one does."""
@@ -89,14 +94,13 @@ class QemuWarming:
             started = await self._cloner.clone(
                 plan, shape, choice, lambda handle: made(replace(handle, member=uid)), stack
             )
-            handle = replace(started.handle, member=uid)
             try:
-                await self._warm(plan, choice, started)
+                unrehearsed = await self._warm(plan, choice, started)
             except BaseException:
                 templates.give(choice.key)
-                await to_its_end(self._vmms.destroy(uid, plan.folder, handle))
+                await to_its_end(self._vmms.destroy(uid, plan.folder, replace(started.handle, member=uid)))
                 raise
-            return QemuWarmGuest(handle, plan.folder, started.vmm, started.link, templates, stack.pop_all())
+            return QemuWarmGuest(started, plan, templates, stack.pop_all(), unrehearsed=unrehearsed)
 
     async def _template(self, plan: StartPlan) -> tuple[GuestShape, Choice]:
         fitting = self._cloner.fitting(plan)
@@ -115,11 +119,12 @@ class QemuWarming:
             await self._cloner.templates.until_made(fitting.candidates.image_key)
         raise TemplateUnusable(f"template {fitting.candidates.image_key[:12]} of the pool's image could not be made")
 
-    async def _warm(self, plan: StartPlan, choice: Choice, started: Started) -> None:
+    async def _warm(self, plan: StartPlan, choice: Choice, started: Started) -> str:
+        """Everything up to the pause; "" or why no program of the image was rehearsed."""
         link, control = started.link, started.vmm.control
         if choice.origin is Origin.GENERIC:
-            uuids = reversed(dict.fromkeys(layer.volume_uuid for layer in reversed(plan.layers)))  # as CONFIGURE's
-            await link.prepare(Prepare(tuple(uuids), LAYER_DEADLINE_MS))
+            layers = reversed(dict.fromkeys(layer.volume_uuid for layer in reversed(plan.layers)))  # as CONFIGURE's
+            await link.prepare(Prepare(tuple(layers), LAYER_DEADLINE_MS))
         memory = MemoryShape(started.handle.base_mib, started.handle.elastic_mib)
         wanted_mib = memory.requested_mib(plan.spec.resources.memory_mib)
         if wanted_mib:
@@ -129,10 +134,14 @@ class QemuWarming:
                 if self._clock() > give_up_s:
                     raise StartFailed(f"the guest did not take {wanted_mib} MiB in {PLUG_DEADLINE_S:.0f} s")
                 await asyncio.sleep(PLUG_POLL_S)
-        for _ in range(REHEARSALS):
-            await link.stats()
-            await _rehearse(link)
+        uuids = tuple(layer.volume_uuid for layer in plan.layers)
+
+        def throwaway() -> Configure:
+            return configure_for(plan.spec, uuids, entropy=secrets.token_bytes(64), now_ns=self._time_ns())
+
+        unrehearsed = await rehearse(link, throwaway)
         await control.execute("stop")
+        return unrehearsed
 
     async def claim(self, guest: WarmGuest, plan: StartPlan, made: Callable[[Handle], None]) -> Engine:
         """See Warming.claim."""
@@ -167,16 +176,3 @@ class QemuWarming:
         await guest.detach()
         await self._vmms.destroy(guest.handle.member, guest.folder, guest.handle)
         self._cloner.templates.give(guest.handle.template)
-
-
-async def _rehearse(link: AgentLink) -> None:
-    """A START as the claim's will be: the agent puts a program of its own in the command's place (PROTOCOL.md)."""
-    try:
-        process = await link.spawn(replace(REHEARSED, proc=link.new_proc()))
-    except CommandFailed as error:
-        log.warning("a guest is not rehearsed, its claim will be slower: %s", error)
-        return
-    async for _ in process.output():
-        pass
-    await process.wait()
-    await process.release()

@@ -23,7 +23,7 @@ def test_the_whole_line() -> None:
         "qemu-system-x86_64",
         "-name", "sandloom-u-1,debug-threads=on",
         "-M", "q35,sata=off,usb=off,smbus=off,vmport=off,hpet=off,memory-backend=ram0",
-        "-accel", "tcg,tb-size=16",
+        "-accel", "tcg,tb-size=32",
         "-cpu", "max",
         "-smp", "2",
         "-nodefaults", "-no-user-config", "-display", "none", "-no-reboot",
