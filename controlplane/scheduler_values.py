@@ -72,7 +72,7 @@ class Demand:
     extra_mib: int = 0  # what it costs beside charge and overhead: page tables of what it maps
     extras: tuple[tuple[str, int], ...] = ()  # of the host's counted things (files, pids), how many it takes
     share_domain: str = ""  # empty: its tenant's own
-    fetchable: bool = False  # a host without the image may get it from elsewhere
+    fetchable: bool = False  # a host without the image may get it from elsewhere, or its checkpoint kept the layers
 
     @staticmethod
     def of(sandbox: Sandbox, expected_mib: int = 0) -> Demand:
@@ -82,7 +82,7 @@ class Demand:
         return Demand(
             sandbox.tenant, spec.sandbox_class, sizes.memory_min_mib, sizes.cpu_milli, spec.image_digest,
             sandbox.layers, sizes.memory_max_mib, sizes.vcpus, spec.cold or bool(spec.checkpoint),
-            spec.rules, group_of(sandbox), expected_mib,
+            spec.rules, group_of(sandbox), expected_mib, fetchable=bool(spec.checkpoint),
         )  # fmt: skip
 
     @property

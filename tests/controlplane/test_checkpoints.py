@@ -11,7 +11,7 @@ import pytest_asyncio
 
 from controlplane.api.identity import Role
 from controlplane.api.status import Condition, Failure, parse_error
-from controlplane.api.v1 import checkpoints_pb2, checkpoints_pb2_grpc, sandboxes_pb2
+from controlplane.api.v1 import checkpoints_pb2, checkpoints_pb2_grpc, images_pb2, sandboxes_pb2
 from tests.controlplane.conftest import Client, Plane
 from tests.controlplane.fakehost import FakeHost
 
@@ -88,6 +88,17 @@ async def test_a_restored_sandbox_goes_to_its_checkpoints_host(world: Scene) -> 
     await world.host.until(lambda: made.uid in world.host.assigned)
     assert world.host.assigned[made.uid].spec.checkpoint == taken.id
     assert (await world.restore(taken.id)).name not in ("web", "web-2")
+
+
+async def test_a_restore_needs_no_image_any_more_for_the_checkpoint_keeps_its_layers(world: Scene) -> None:
+    await world.take()
+    await world.host.tell(world.web.uid, sandboxes_pb2.EXITED, exit_code=0)
+    await world.client.images.DeleteImage(images_pb2.DeleteImageRequest(name="base"), timeout=10)
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await world.client.create("web-1")
+    assert refusal(caught)[1] == "ImageNotFound"
+    made = await world.restore(name="web-2")
+    assert (made.assignment.host, made.status.phase) == ("h1", sandboxes_pb2.SCHEDULED)
 
 
 async def test_a_restore_is_idempotent_by_request_id(world: Scene) -> None:

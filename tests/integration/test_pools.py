@@ -81,7 +81,16 @@ def test_a_pool_from_end_to_end(fabric: Fabric) -> None:
     fabric.ok("pool", "rm", "warm")
     until(lambda: set(members(fabric)) == claimed, 30.0, lambda: f"{members(fabric)}\n{fabric.logs()}")
     assert fabric.ok("exec", "two", "--", "hostname") == "two\n"
-    fabric.ok("rm", "-f", "one", "two")
+    assert fabric.ok("checkpoint", "two", "--name", "kept") == "kept\n"  # what was claimed can be copied as any other
+    assert fabric.ok("fork", "two", "--count", "1", "--prefix", "twin") == "twin-1\n"
+    assert fabric.ok("exec", "twin-1", "--", "hostname") == "twin-1\n"
+    fabric.ok("rm", "-f", "one", "two", "twin-1")
+    fabric.ok("image", "rm", "userland")  # the checkpoint keeps the layers that it needs
+    assert fabric.ok("restore", "kept", "--name", "late") == "late\n"
+    uuids = {fabric.ok("exec", "late", "--", "sh", "-c", asked).split()[0], one[0], two[0]}
+    assert len(uuids) == 3
+    fabric.ok("rm", "-f", "late")
+    fabric.ok("checkpoint", "rm", "kept")
     until(lambda: members(fabric) == [], 30.0, lambda: f"{members(fabric)}\n{fabric.logs()}")
     until(
         lambda: not any("pool-" in process for process in belongings(fabric.home).processes), 10.0,
