@@ -18,12 +18,12 @@ import mmap
 import os
 import struct
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-from hostd.drivers.qemu.templateblob import data_extents, is_sealed, seal
+from hostd.drivers.qemu.templateblob import data_extents, held_bytes, is_sealed, reader, seal
 from hostd.errors import CheckpointUnusable
 from native import _balloon
 
@@ -55,19 +55,13 @@ class CheckpointMemory:
             if descriptor >= 0:
                 os.close(descriptor)
 
-    @contextmanager
-    def state_reader(self) -> Iterator[int]:
+    def state_reader(self) -> AbstractContextManager[int]:
         """A descriptor of the state with a position of its own, at the start: each guest reads it once."""
-        descriptor = os.open(f"/proc/self/fd/{self.state_fd}", os.O_RDONLY | os.O_CLOEXEC)
-        try:
-            yield descriptor
-        finally:
-            os.close(descriptor)
+        return reader(self.state_fd)
 
     def held_bytes(self) -> int:
         """How much memory they take."""
-        held = (self.ram_fd, self.elastic_fd, self.state_fd)
-        return sum(os.fstat(descriptor).st_blocks * 512 for descriptor in held if descriptor >= 0)
+        return held_bytes(*(each for each in (self.ram_fd, self.elastic_fd, self.state_fd) if each >= 0))
 
 
 class DraftMemory:

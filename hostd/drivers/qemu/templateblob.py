@@ -17,7 +17,7 @@ import fcntl
 import os
 import struct
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, Self
@@ -56,18 +56,13 @@ class TemplateMemory:
         os.close(self.ram_fd)
         os.close(self.state_fd)
 
-    @contextmanager
-    def state_reader(self) -> Iterator[int]:
+    def state_reader(self) -> AbstractContextManager[int]:
         """A descriptor of the state with a position of its own, at the start: each clone reads it once."""
-        descriptor = os.open(f"/proc/self/fd/{self.state_fd}", os.O_RDONLY | os.O_CLOEXEC)
-        try:
-            yield descriptor
-        finally:
-            os.close(descriptor)
+        return reader(self.state_fd)
 
     def held_bytes(self) -> int:
         """How much memory the two take."""
-        return sum(os.fstat(descriptor).st_blocks * 512 for descriptor in (self.ram_fd, self.state_fd))
+        return held_bytes(self.ram_fd, self.state_fd)
 
     def __enter__(self) -> Self:
         return self
@@ -115,6 +110,21 @@ def seal(descriptor: int) -> None:
 def is_sealed(descriptor: int) -> bool:
     """Whether all seals are set."""
     return fcntl.fcntl(descriptor, fcntl.F_GET_SEALS) & _SEALS == _SEALS
+
+
+@contextmanager
+def reader(descriptor: int) -> Iterator[int]:
+    """A descriptor of the same memfd, to read, with a position of its own, at the start."""
+    opened = os.open(f"/proc/self/fd/{descriptor}", os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        yield opened
+    finally:
+        os.close(opened)
+
+
+def held_bytes(*descriptors: int) -> int:
+    """How much memory these memfds take."""
+    return sum(os.fstat(descriptor).st_blocks * 512 for descriptor in descriptors)
 
 
 def data_extents(descriptor: int, size_bytes: int) -> Iterator[tuple[int, int]]:
