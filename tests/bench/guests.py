@@ -22,6 +22,7 @@ from hostd.spec import Command, ProcessSpec, Resources, SandboxSpec
 from sharedcache import oci
 from sharedcache.images import ImageRecord
 from sharedcache.store import Store
+from tests.bench import leftovers
 from tests.bench.report import CannotMeasure
 from tests.userland import UserlandUnavailable, userland_tar
 
@@ -92,7 +93,7 @@ async def run(engine: Engine, *argv: str, main: bool = False, first: Callable[[]
 
 
 def _new_folder() -> Path:
-    folder = Path(tempfile.mkdtemp(prefix="sl-bench-", dir="/var/tmp"))
+    folder = Path(tempfile.mkdtemp(prefix=f"{leftovers.FOLDER_PREFIX}{os.getpid()}-", dir=leftovers.FOLDERS))
     folder.chmod(0o711)  # guests' uids pass through
     (folder / "run").mkdir(mode=0o711)
     return folder
@@ -100,19 +101,21 @@ def _new_folder() -> Path:
 
 @asynccontextmanager
 async def bench(accel: str = "tcg") -> AsyncIterator[Bench]:
-    """A host's parts in a temporary folder; nothing is left afterwards."""
+    """A host's parts in a temporary folder; nothing is left afterwards, also when guests are on their way just then.
+    What a benchmark left that was killed outright ends first."""
     if os.geteuid() != 0:
         raise CannotMeasure("needs root: each guest gets a uid and a cgroup of its own")
     try:
         tar = await asyncio.to_thread(userland_tar)
     except UserlandUnavailable as error:
         raise CannotMeasure(str(error)) from error
+    cgroups = Hierarchy.probe()
+    await asyncio.to_thread(leftovers.sweep, cgroups)
     folder = await asyncio.to_thread(_new_folder)
     try:
         with Store.open(folder / "store", min_free_bytes=0) as store:
             kernel = await asyncio.to_thread(guestkernel.prepare, store, folder, Path("/var/cache/sandloom"))
             image = await asyncio.to_thread(oci.import_archive, store, tar, domain=domain_of(TENANT), cmd=())
-            cgroups = Hierarchy.probe()
             cgroups.prepare()
             draft = Bench(folder, store, kernel, cgroups, image, accel, ())
             layers = (await asyncio.to_thread(take, store, draft.spec("layers"))).layers
@@ -120,6 +123,9 @@ async def bench(accel: str = "tcg") -> AsyncIterator[Bench]:
             try:
                 yield host
             finally:
-                await host.end_all()
+                try:
+                    await host.end_all()
+                finally:
+                    leftovers.end_guests(cgroups, leftovers.own(cgroups))
     finally:
         shutil.rmtree(folder, ignore_errors=True)

@@ -42,6 +42,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
 
+from tests.bench.leftovers import Ended, unwound_by_signals
+
 
 class CannotMeasure(Exception):
     """Something this machine lacks: str() names it. Raised by a benchmark, told by the report."""
@@ -266,11 +268,16 @@ def run(
     """Runs a benchmark and reports; the exit status.
 
     `promised` names the bars (measure, at_least) that `body` sets: those still missing when it raises CannotMeasure
-    are reported as not measured, with its reason. Any other exception is a fault of the benchmark and goes up.
+    are reported as not measured, with its reason. SIGTERM, SIGHUP and ^C unwind it (128 + the signal's number, no
+    report). Any other exception is a fault of the benchmark and goes up.
     """
     report = Report(name)
     try:
-        body(report)
+        with unwound_by_signals():
+            body(report)
+    except Ended as told:
+        print(f"{name}: ended by {told}; nothing was measured, nothing is left", file=sys.stderr)
+        return 128 + told.signo
     except CannotMeasure as lack:
         set_already = {bar.measure for bar in report.bars}
         for measure, at_least in promised or ((name, 0.0),):
