@@ -42,7 +42,8 @@ def test_the_whole_line() -> None:
         "-object", "memory-backend-file,id=layer0,mem-path=/store/a/blob,size=4194304,share=on,readonly=on",
         "-device", "virtio-pmem-pci,id=pmem0,memdev=layer0,addr=0x4.0,multifunction=on",
         "-kernel", "/k", "-initrd", "/i",
-        "-append", "console=ttyS0 panic=-1 quiet swiotlb=noforce psi=1 memhp_default_state=online_movable no_timer_check",
+        "-append",
+        "console=ttyS0 panic=-1 quiet swiotlb=noforce psi=1 memhp_default_state=online_movable no_timer_check",
     ]  # fmt: skip
 
 
