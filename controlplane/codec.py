@@ -21,12 +21,14 @@ from controlplane.errors import BadState
 SCHEMA = 1
 T = TypeVar("T")
 Reader = Callable[[Any], Any]
+_ATOMS = frozenset({str, int, float, bool, types.NoneType})
+_TO_JSON = json.JSONEncoder(sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode
 
 
 def encode(value: Any) -> bytes:
     """A dataclass as the store keeps it."""
     document = {"kind": type(value).__name__, "schema": SCHEMA, "value": _plain(value)}
-    return json.dumps(document, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
+    return _TO_JSON(document).encode()
 
 
 def decode(kind: type[T], data: bytes, source: str, *, revision: int | None = None) -> T:
@@ -45,17 +47,34 @@ def decode(kind: type[T], data: bytes, source: str, *, revision: int | None = No
 
 
 def _plain(value: Any) -> Any:
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {
-            field.name: _plain(getattr(value, field.name))
-            for field in dataclasses.fields(value)
-            if field.metadata.get("stored", True) and getattr(value, field.name) != field.default
-        }
-    if isinstance(value, Enum):
-        return value.value
-    if isinstance(value, tuple):
-        return [_plain(item) for item in value]
-    return value
+    kind = value.__class__
+    return value if kind in _ATOMS else _writer(kind)(value)
+
+
+@cache
+def _writer(kind: type) -> Callable[[Any], Any]:
+    """What turns a value of this very class into plain JSON."""
+    if dataclasses.is_dataclass(kind):
+        return _dataclass_writer(kind)
+    if issubclass(kind, Enum):
+        return lambda value: value.value
+    if issubclass(kind, tuple):
+        return lambda value: [_plain(item) for item in value]
+    return lambda value: value
+
+
+def _dataclass_writer(kind: type) -> Callable[[Any], Any]:
+    stored = [(each.name, each.default) for each in dataclasses.fields(kind) if each.metadata.get("stored", True)]
+
+    def write(value: Any) -> dict[str, Any]:
+        document = {}
+        for name, default in stored:
+            part = getattr(value, name)
+            if part is not default and part != default:
+                document[name] = part if part.__class__ in _ATOMS else _plain(part)
+        return document
+
+    return write
 
 
 @cache

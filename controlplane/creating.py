@@ -133,15 +133,19 @@ class Creator:
                 expect = [*expect, *self._leadership.fence()]
             elif placed.host:
                 placed = replace(wanted, status=SandboxStatus(message=TO_BE_PLACED))
-            writes, guards = self._commit_of(placed, asked, taken)
-            revision = await self._commit_placed(placed, [*writes, *guard.writes], [*expect, *guards, *guard.expect])
+            record = codec.encode(placed)
+            writes, guards = self._commit_of(placed, record, asked, taken)
+            expect = [*expect, *guards, *guard.expect]
+            revision = await self._commit_placed(placed, record, [*writes, *guard.writes], expect)
             await self._admission.settled(guard, revision)
         return replace(placed, revision=revision)
 
-    def _commit_of(self, placed: Sandbox, asked: Creation, taken: int) -> tuple[list[Write], list[Expect]]:
+    def _commit_of(
+        self, placed: Sandbox, record: bytes, asked: Creation, taken: int
+    ) -> tuple[list[Write], list[Expect]]:
         tenant, key = placed.tenant, keys.sandbox(placed.tenant, placed.name, placed.uid)
         writes: list[Write] = [
-            Put(key, codec.encode(placed)),
+            Put(key, record),
             Put(keys.uid(placed.uid), key.encode()),
             Put(keys.name(tenant, placed.name), placed.uid.encode()),
             self._records.event(placed, *_told_placed(placed)),
@@ -184,11 +188,11 @@ class Creator:
 
     # Placing.
 
-    async def _commit_placed(self, placed: Sandbox, writes: list[Write], expect: list[Expect]) -> int:
+    async def _commit_placed(self, placed: Sandbox, record: bytes, writes: list[Write], expect: list[Expect]) -> int:
         """Commits; what is placed counts from now on, unless it is refused."""
         if not placed.host:
             return await self._store.commit(writes, expect)
-        self._view.assume(placed)
+        self._view.assume(placed, record)
         try:
             return await self._store.commit(writes, expect)
         except StoreError:  # it may be there all the same: it counts for as long as it takes to see it
@@ -209,10 +213,11 @@ class Creator:
         if not placed.host and placed.status.reason == sandbox.status.reason:
             return False
         key = keys.sandbox(sandbox.tenant, sandbox.name, sandbox.uid)
-        writes: list[Write] = [Put(key, codec.encode(placed))]
+        record = codec.encode(placed)
+        writes: list[Write] = [Put(key, record)]
         if placed.host:
             writes.append(self._records.event(placed, *_told_placed(placed)))
-        await self._commit_placed(placed, writes, [Expect(key, sandbox.revision), *self._leadership.fence()])
+        await self._commit_placed(placed, record, writes, [Expect(key, sandbox.revision), *self._leadership.fence()])
         return bool(placed.host)
 
 

@@ -34,6 +34,9 @@ ROUND_S = 5.0
 GATHER_S = 0.02
 """Changes come in bursts: one round for all of a burst."""
 
+IMAGES_GATHER_S = 0.5
+"""The same for images, which nobody waits for and which are looked at as a whole."""
+
 PLACED_AT_ONCE = 256
 HOUSE_S = 60.0
 REQUEST_KEPT_S = 24 * 3600.0
@@ -64,15 +67,16 @@ class Reconciler:
             group.create_task(
                 self._rounds(self._lost_hosts, self._orphans, self._drains.step, self._pending), name="reconciler"
             )
-            group.create_task(self._rounds(self._forget_images), name="images")  # may wait for hosts
+            images = self._rounds(self._forget_images, gather_s=IMAGES_GATHER_S)  # may wait for hosts
+            group.create_task(images, name="images")
             group.create_task(self._every(HOUSE_S, self._keep_house), name="housekeeper")
 
-    async def _rounds(self, *steps: Callable[[], Awaitable[None]]) -> None:
+    async def _rounds(self, *steps: Callable[[], Awaitable[None]], gather_s: float = GATHER_S) -> None:
         while True:
             moved = self._view.moved
             for step in steps:
                 await self._tried(step)
-            await asyncio.sleep(GATHER_S)
+            await asyncio.sleep(gather_s)
             try:
                 async with asyncio.timeout(self._pause_s()):
                     await moved.wait()
@@ -123,7 +127,7 @@ class Reconciler:
 
     async def _lost_hosts(self) -> None:
         view, now_s = self._view, self._clock_s()
-        for name in sorted(set(view.hosts) - view.alive - set(self._lost_since_s)):
+        for name in sorted(view.lost - self._lost_since_s.keys()):
             self._lost_since_s[name] = now_s
             text = f"its lease ran out; what it runs is given up in {self._lost_grace_s:g} s unless it returns"
             log.warning("host %s is LOST: %s", name, text)

@@ -169,5 +169,5 @@ def _resize_seen(sandbox: Sandbox, seen: Resize | None) -> Resize | None:
 
 def etag(sandbox: Sandbox) -> str:
     """Changes with what is asked of a sandbox, not with what its host reports."""
-    asked = replace(sandbox, status=SandboxStatus(), host="", epoch=0, leaving="", leaving_epoch=0)
-    return hashlib.sha256(codec.encode(asked)).hexdigest()[:16]
+    asked = f"{sandbox.uid} {sandbox.desired.value} {sandbox.stop_grace_s} ".encode() + codec.encode(sandbox.spec)
+    return hashlib.sha256(asked).hexdigest()[:16]

@@ -11,6 +11,7 @@ import asyncio
 import logging
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import TypeVar
 
 from controlplane import codec, keys, lifecycle, scheduler
@@ -73,6 +74,7 @@ class View:
         self.revision = 0
         self.hosts: dict[str, Host] = {}
         self.alive: set[str] = set()
+        self.lost: set[str] = set()  # hosts that are not alive
         self.sandboxes: dict[str, Sandbox] = {}  # by uid
         self.open_ends: set[str] = set()  # uids of sandboxes that the reconciler may have to do something for
         self._leaving: dict[str, dict[str, Sandbox]] = {}
@@ -83,7 +85,7 @@ class View:
         self.residency: dict[str, Residency] = {}  # by key
         self.guards: dict[str, int] = {}  # mod_revision of the quota's guard, by tenant
         self._by_tenant: dict[str, dict[str, Sandbox]] = {}
-        self._assumed: dict[str, Sandbox] = {}
+        self._assumed: dict[str, tuple[Sandbox, bytes]] = {}  # with their records
         self._assumed_on: dict[str, dict[str, Sandbox]] = {}
         self.pools: dict[str, Pool] = {}  # by key
         self.members: dict[str, Member] = {}  # those that have a record
@@ -159,9 +161,9 @@ class View:
 
     # What this control plane has placed and does not see yet counts on its host, and only there.
 
-    def assume(self, sandbox: Sandbox) -> None:
-        """Counts a placement until the view shows the sandbox, or until it is released."""
-        self._assumed[sandbox.uid] = sandbox
+    def assume(self, sandbox: Sandbox, record: bytes) -> None:
+        """Counts a placement until the view shows the sandbox, or until it is released. `record` is it, encoded."""
+        self._assumed[sandbox.uid] = sandbox, record
         self._assumed_on.setdefault(sandbox.host, {})[sandbox.uid] = sandbox
         self.census.touch(sandbox.host)
 
@@ -171,13 +173,16 @@ class View:
 
     def release(self, uid: str) -> None:
         """Counts it no more; nothing happens when it is shown already."""
-        sandbox = self._assumed.pop(uid, None)
-        if sandbox is not None:
-            there = self._assumed_on[sandbox.host]
-            del there[uid]
-            if not there:
-                del self._assumed_on[sandbox.host]
-            self.census.touch(sandbox.host)
+        assumed = self._assumed.pop(uid, None)
+        if assumed is not None:
+            self._count_no_more(assumed[0])
+            self.census.touch(assumed[0].host)
+
+    def _count_no_more(self, sandbox: Sandbox) -> None:
+        there = self._assumed_on[sandbox.host]
+        del there[sandbox.uid]
+        if not there:
+            del self._assumed_on[sandbox.host]
 
     def leaving(self, host: str) -> list[Sandbox]:
         """The sandboxes that a host has to end before they may begin anew elsewhere."""
@@ -226,6 +231,7 @@ class View:
         for table in (self.hosts, self.images, self.residency, self.guards, self.pools, self.tenants, self.members):
             table.clear()
         self.alive.clear()
+        self.lost.clear()
         before, self.sandboxes = self.sandboxes, {}
         for index in (self._by_host, self._by_tenant, self._leaving, self._held):
             index.clear()
@@ -257,10 +263,10 @@ class View:
     def _put(self, key: str, value: bytes, revision: int) -> None:
         try:
             if key.startswith(keys.SANDBOXES):
-                self._set_sandbox(codec.decode(Sandbox, value, key, revision=revision))
+                self._put_sandbox(key, value, revision)
             elif key.startswith(keys.HOSTS):
                 self.hosts[key.removeprefix(keys.HOSTS)] = codec.decode(Host, value, key, revision=revision)
-                self.census.touch(key.removeprefix(keys.HOSTS))
+                self._look_at(key.removeprefix(keys.HOSTS))
             elif key.startswith(keys.IMAGES):
                 self.images[key] = codec.decode(Image, value, key, revision=revision)
             elif key.startswith(keys.POOLS):
@@ -279,9 +285,17 @@ class View:
             return
         if key.startswith(keys.ALIVE):
             self.alive.add(key.removeprefix(keys.ALIVE))
-            self.census.touch(key.removeprefix(keys.ALIVE))
+            self._look_at(key.removeprefix(keys.ALIVE))
         elif key.startswith(keys.QUOTAS):
             self.guards[key.removeprefix(keys.QUOTAS)] = revision
+
+    def _look_at(self, host: str) -> None:
+        """It was put or deleted, or its lease was."""
+        if host in self.hosts and host not in self.alive:
+            self.lost.add(host)
+        else:
+            self.lost.discard(host)
+        self.census.touch(host)
 
     def _delete(self, key: str) -> None:
         if key.startswith(keys.SANDBOXES):
@@ -290,10 +304,10 @@ class View:
             self._mark(uid)
         elif key.startswith(keys.HOSTS):
             self.hosts.pop(key.removeprefix(keys.HOSTS), None)
-            self.census.touch(key.removeprefix(keys.HOSTS))
+            self._look_at(key.removeprefix(keys.HOSTS))
         elif key.startswith(keys.ALIVE):
             self.alive.discard(key.removeprefix(keys.ALIVE))
-            self.census.touch(key.removeprefix(keys.ALIVE))
+            self._look_at(key.removeprefix(keys.ALIVE))
         elif key.startswith(keys.QUOTAS):
             self.guards.pop(key.removeprefix(keys.QUOTAS), None)
         elif key.startswith(keys.MEMBERS):
@@ -312,14 +326,27 @@ class View:
                     del self._held[held.host]
                 self.census.touch(held.host)
 
-    def _set_sandbox(self, sandbox: Sandbox) -> None:
+    def _put_sandbox(self, key: str, value: bytes, revision: int) -> None:
+        uid = keys.split_sandbox(key)[2]
+        assumed = self._assumed.pop(uid, None)
+        if assumed is None or assumed[1] != value:
+            self._set_sandbox(codec.decode(Sandbox, value, key, revision=revision))
+            if assumed is not None:
+                self._count_no_more(assumed[0])
+                self.census.touch(assumed[0].host)
+            return
+        sandbox = replace(assumed[0], revision=revision)  # it is what was assumed, and has been counted as such
+        self._count_no_more(sandbox)
+        self._set_sandbox(sandbox, counted=uid not in self.sandboxes)
+
+    def _set_sandbox(self, sandbox: Sandbox, *, counted: bool = False) -> None:
         self._drop_sandbox(sandbox.uid)
-        self.release(sandbox.uid)
         self.sandboxes[sandbox.uid] = sandbox
         self._by_tenant.setdefault(sandbox.tenant, {})[sandbox.uid] = sandbox
         if sandbox.host:
             self._by_host.setdefault(sandbox.host, {})[sandbox.uid] = sandbox
-            self.census.touch(sandbox.host)
+            if not counted:
+                self.census.touch(sandbox.host)
         if sandbox.leaving:
             self._leaving.setdefault(sandbox.leaving, {})[sandbox.uid] = sandbox
         if lifecycle.is_open_ended(sandbox):

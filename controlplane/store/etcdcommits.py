@@ -26,6 +26,8 @@ PART_OPS = 60
 MOST_WRITES = PART_OPS * PART_OPS
 GROUP_BYTES = 1 << 20
 IN_FLIGHT = 2
+LINGER_S, LINGERS = 0.003, 6
+"""How long commits wait for more while those keep coming, and how often; one that comes alone goes at once."""
 
 
 @dataclass(frozen=True)
@@ -100,16 +102,20 @@ class Commits:
 
     async def run(self) -> None:
         """Until cancelled; what is open then fails with StoreError."""
+        crowded = False
         try:
             async with asyncio.TaskGroup() as group:
                 while True:
                     await self._work.wait()
                     await self._slots.acquire()
+                    if crowded:
+                        await self._gather()
                     if not self._waiting:
                         self._slots.release()
                         self._work.clear()
                         continue
                     jobs = take_group(self._waiting)
+                    crowded = len(jobs) > 1
                     self._flying |= {job.done for job in jobs}
                     group.create_task(self._send(jobs))
         finally:
@@ -117,6 +123,15 @@ class Commits:
             for done in [*self._flying, *(job.done for job in self._waiting)]:
                 if not done.done():
                     done.set_exception(error)
+
+    async def _gather(self) -> None:
+        for _ in range(LINGERS):
+            before = len(self._waiting)
+            if before >= GROUP_COMMITS:
+                return
+            await asyncio.sleep(LINGER_S)
+            if len(self._waiting) == before:
+                return
 
     async def _send(self, jobs: list[Job]) -> None:
         outcomes: Sequence[int | OperationError]

@@ -185,8 +185,8 @@ async def test_what_is_placed_and_not_yet_seen_counts_on_its_host_until_it_is_se
 
         one, two = sandbox("a"), sandbox("b")
         nothing, size = promised(), one.spec.resources.memory_min_mib
-        view.assume(one)
-        view.assume(two)
+        view.assume(one, codec.encode(one))
+        view.assume(two, codec.encode(two))
         assert view.is_assumed("a") and promised() == nothing + 2 * size
         assert view.on_host("h1") == [] and view.sandboxes == {}  # no host is told of what may not come to be
         view.release("b")
