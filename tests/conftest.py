@@ -3,10 +3,13 @@
     /tmp/sl-XXXXXX/[popen-gwN/]TEST0/...      removed when the run ends, unless something is still mounted below
 
 Tests run two at a time (pytest-xdist); what they share on this machine they make under tests/once.py's lock.
+
+gRPC's fork handlers are off: no test uses gRPC in a forked child, and they write to the stderr of commands under test.
 """
 
 from __future__ import annotations
 
+import os
 import shutil
 import tempfile
 from pathlib import Path
@@ -14,6 +17,7 @@ from pathlib import Path
 import pytest
 
 FOLDER = pytest.StashKey[Path]()
+os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
 
 
 @pytest.hookimpl(tryfirst=True)
