@@ -1,8 +1,8 @@
 """A claim of a warm pool's member against a clone of the same image's template: to the first byte of a command.
 
 A round does each REPEATS times, turn about, and counts the median: both take so little time that a busy neighbour
-shows. A clone is counted from the exec of QEMU, a claim from the moment it is asked for; both end at the first byte that
-the command prints. The member was made before, which is what a pool is for.
+shows. A clone is counted from the exec of QEMU, a claim from the moment it is asked for; both end at the first byte
+that the command prints. The member was made before, which is what a pool is for.
 """
 
 from __future__ import annotations
