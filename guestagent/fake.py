@@ -10,8 +10,10 @@ from __future__ import annotations
 import errno
 import zlib
 from collections.abc import Callable
+from dataclasses import replace
 
 from guestagent.errors import AgentError
+from guestagent.fakeballoon import FakeBalloon
 from guestagent.frames import (
     ANSWER_MAGIC,
     HEADER,
@@ -85,6 +87,7 @@ class FakeAgent:
         self.renewed: Renew | None = None
         self.frozen = False
         self.powered_off = False
+        self.balloon = FakeBalloon()
         self.requests: list[Kind] = []
         self._scripts = scripts
         self._procs: dict[int, ScriptedProcess] = {}
@@ -114,6 +117,7 @@ class FakeAgent:
     def hang_up(self) -> None:
         """The host went away: processes run on, output is kept, what was half said is forgotten."""
         self._greeted = False
+        self.balloon.done()
         self._out.clear()
         self._dribble.clear()
 
@@ -191,9 +195,13 @@ class FakeAgent:
             Kind.ACK: self._ack,
             Kind.SIGNAL: self._signal,
             Kind.WINSIZE: self._winsize,
-            Kind.STATS: lambda: encode_stats(self.stats),
+            Kind.STATS: lambda: encode_stats(replace(self.stats, balloon_kib=self.balloon.blocks << 11)),
             Kind.SHUTDOWN: self._shutdown,
             Kind.FORGET: self._forget,
+            Kind.BALLOON: self.balloon.balloon,
+            Kind.BALLOON_RUNS: self.balloon.runs,
+            Kind.BALLOON_DONE: self.balloon.done,
+            Kind.CPUS: self.balloon.cpus,
         }
         try:
             code, body = 0, handlers[kind](*message[2:])

@@ -7,6 +7,7 @@ sent was checked by `guestagent.wire` before it became one of these. Offsets cou
 from __future__ import annotations
 
 import re
+import struct
 from dataclasses import dataclass
 from enum import IntEnum
 
@@ -22,6 +23,14 @@ MAX_LAYERS = 128
 MIN_ENTROPY_BYTES = 32
 MAX_ENTROPY_BYTES = 4096
 MAX_SIGNAL = 64
+MAX_VCPUS = 256
+MAX_BLOCKS = 1 << 25
+"""The balloon counts in blocks of 2 MiB of guest-physical memory; so many address 64 TiB."""
+
+RUN = struct.Struct("<QQ")
+"""A run of the balloon's blocks: the first and how many."""
+
+RUNS_AT_ONCE = 1024
 _HOSTNAME = re.compile(rb"[A-Za-z0-9]([A-Za-z0-9.-]{0,62}[A-Za-z0-9])?")
 _MACHINE_ID = re.compile(rb"[0-9a-f]{32}")
 
@@ -43,6 +52,10 @@ class Kind(IntEnum):
     RENEW = 12
     FREEZE = 13
     THAW = 14
+    BALLOON = 15
+    BALLOON_RUNS = 16
+    BALLOON_DONE = 17
+    CPUS = 18
     REHEARSE = 30
     REPLY = 64
     OUTPUT = 65
@@ -217,6 +230,20 @@ class GuestStats:
     refault: int
     agent_rss_kib: int
     cpus_online: int
+    active_kib: int = 0  # these four came later: an agent may not tell them
+    inactive_kib: int = 0
+    swapped_kib: int = 0
+    balloon_kib: int = 0
+
+
+@dataclass(frozen=True)
+class BalloonReport:
+    """What a guest says of its balloon: `blocks` it holds in all, and a part of the runs they are in, RUN each, any
+    bytes as far as it is hostile. `next_block` is where the rest begins, 0 for none."""
+
+    blocks: int
+    runs: bytes
+    next_block: int
 
 
 @dataclass(frozen=True)
@@ -243,14 +270,15 @@ class HelloReceived:
 
 @dataclass(frozen=True)
 class ReplyReceived:
-    """The one answer to a request: `refused`, or `body` (START: guest pid, STATS: GuestStats, else None)."""
+    """The one answer to a request: `refused`, or `body` (START: guest pid, CPUS: how many, STATS, BALLOON and
+    BALLOON_RUNS: what they are called, else None)."""
 
     request_id: int
     kind: Kind
-    body: int | GuestStats | None = None
+    body: ReplyBody = None
     refused: GuestRefused | None = None
 
-    def result(self) -> int | GuestStats | None:
+    def result(self) -> ReplyBody:
         """The body; raises GuestRefused when the guest refused."""
         if self.refused is not None:
             raise self.refused
@@ -302,4 +330,5 @@ class GuestEvent:
     values: tuple[tuple[str, int], ...]
 
 
+ReplyBody = int | GuestStats | BalloonReport | None
 AgentEvent = Synced | HelloReceived | ReplyReceived | Output | OutputEnded | Exited | StdinAcked | GuestEvent

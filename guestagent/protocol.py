@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from guestagent.elastic import ElasticRequest
 from guestagent.errors import BadRequest, GuestRefused, ProtocolError, SessionClosed, WindowFull
 from guestagent.flow import EventBudget, ProcCarry, ProcLedger, SessionCarry
 from guestagent.frames import SYNC_BYTES, FrameReader, Limits, SyncHunter, decode_payload, encode_frame, sync_flush
@@ -50,11 +51,13 @@ from guestagent.messages import (
 from guestagent.wire import (
     AgentMessage,
     decode_agent_message,
+    decode_balloon,
     decode_hello,
     decode_nil,
     decode_pid,
     decode_refusal,
     decode_stats,
+    decode_vcpus,
     encode_configure,
     encode_prepare,
     encode_renew,
@@ -201,6 +204,10 @@ class AgentSession:
     def renew(self, renew: Renew) -> tuple[int, bytes]:
         """Also thaws."""
         return self._request(Kind.RENEW, encode_renew(renew))
+
+    def elastic(self, request: ElasticRequest) -> tuple[int, bytes]:
+        """The reply's body is as `request` says."""
+        return self._request(request.kind, *request.fields())
 
     def start(self, start: StartProcess) -> tuple[int, bytes]:
         """The reply's body is the guest's pid. Refused: ENOENT, EACCES, ENOEXEC, EINVAL (see PROTOCOL.md)."""
@@ -366,6 +373,10 @@ class AgentSession:
             return ReplyReceived(reply.request_id, pending.kind, decode_pid(reply.body))
         if pending.kind is Kind.STATS:
             return ReplyReceived(reply.request_id, pending.kind, decode_stats(reply.body))
+        if pending.kind in (Kind.BALLOON, Kind.BALLOON_RUNS):
+            return ReplyReceived(reply.request_id, pending.kind, decode_balloon(reply.body))
+        if pending.kind is Kind.CPUS:
+            return ReplyReceived(reply.request_id, pending.kind, decode_vcpus(reply.body))
         decode_nil(reply.body, pending.kind.name)
         if pending.kind is Kind.FORGET:
             self._procs.pop(pending.proc, None)

@@ -8,14 +8,19 @@ newer agent may tell more), missing or mistyped ones are a breach.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, fields
+from dataclasses import MISSING, asdict, fields
 
 from guestagent.errors import ProtocolError
 from guestagent.messages import (
+    MAX_BLOCKS,
     MAX_SIGNAL,
+    MAX_VCPUS,
     PROTOCOL_VERSION,
+    RUN,
+    RUNS_AT_ONCE,
     U32_MAX,
     U64_MAX,
+    BalloonReport,
     Configure,
     Exited,
     GuestEvent,
@@ -163,7 +168,23 @@ def _proc_state(item: object) -> ProcState:
 def decode_stats(body: object) -> GuestStats:
     """The body of STATS' reply."""
     stats = _map(body, "STATS reply")
-    return GuestStats(**{item.name: _uint(stats.get(item.name), item.name) for item in fields(GuestStats)})
+    told = [item for item in fields(GuestStats) if item.default is MISSING or item.name in stats]
+    return GuestStats(**{item.name: _uint(stats.get(item.name), item.name) for item in told})
+
+
+def decode_balloon(body: object) -> BalloonReport:
+    """The body of BALLOON's and BALLOON_RUNS' reply. What the runs say is checked where they are used."""
+    report = _map(body, "BALLOON reply")
+    runs = _data(report.get("runs"), "runs")
+    if len(runs) % RUN.size or len(runs) > RUNS_AT_ONCE * RUN.size:
+        raise ProtocolError(f"runs of {len(runs)} bytes are no 0 … {RUNS_AT_ONCE} runs of {RUN.size}")
+    blocks, next_block = (_uint(report.get(key), key, MAX_BLOCKS) for key in ("blocks", "next"))
+    return BalloonReport(blocks, runs, next_block)
+
+
+def decode_vcpus(body: object) -> int:
+    """The body of CPUS' reply."""
+    return _uint(body, "vCPUs online", MAX_VCPUS, 1)
 
 
 def decode_pid(body: object) -> int:

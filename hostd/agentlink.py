@@ -16,6 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from guestagent.elastic import ElasticRequest
 from guestagent.errors import AgentError, BadRequest, GuestRefused, ProtocolError, WindowFull
 from guestagent.messages import (
     AgentEvent,
@@ -27,6 +28,7 @@ from guestagent.messages import (
     Output,
     Prepare,
     Renew,
+    ReplyBody,
     ReplyReceived,
     StartProcess,
     Stream,
@@ -56,7 +58,7 @@ class AgentLink:
     def __init__(self, session: AgentSession, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self._session, self._reader, self._writer = session, reader, writer
         self._loop = asyncio.get_running_loop()
-        self._replies: dict[int, asyncio.Future[int | GuestStats | None]] = {}
+        self._replies: dict[int, asyncio.Future[ReplyBody]] = {}
         self._processes: dict[int, AgentProcess] = {}
         self._next_proc = 2  # 1 is main
         self._hello: asyncio.Future[GuestState] = self._loop.create_future()
@@ -169,7 +171,7 @@ class AgentLink:
 
     async def request(
         self, build: Callable[[AgentSession], tuple[int, bytes]], deadline_s: float = REPLY_DEADLINE_S
-    ) -> int | GuestStats | None:
+    ) -> ReplyBody:
         """Sends a request and waits for its reply. GuestRefused with the guest's errno; InvalidSpec when it was not
         fit to be sent, ShortOfResources when too much is in flight, AgentLost otherwise."""
         try:
@@ -180,7 +182,7 @@ class AgentLink:
             raise ShortOfResources(f"the agent is busy: {error}; try again", reason="AgentBusy") from error
         except AgentError as error:
             raise AgentLost(f"the agent cannot be asked: {error}") from error
-        future: asyncio.Future[int | GuestStats | None] = self._loop.create_future()
+        future: asyncio.Future[ReplyBody] = self._loop.create_future()
         self._replies[request_id] = future
         self._writer.write(data)
         try:
@@ -190,6 +192,10 @@ class AgentLink:
             raise AgentLost(f"the agent did not answer a request within {deadline_s:.0f} s") from None
         finally:
             self._replies.pop(request_id, None)
+
+    async def elastic(self, request: ElasticRequest, deadline_s: float) -> ReplyBody:
+        """Asks about balloon or vCPUs. GuestRefused with the guest's errno; AgentLost, also when there is no answer."""
+        return await self.request(lambda session: session.elastic(request), deadline_s)
 
     async def prepare(self, prepare: Prepare) -> None:
         """Has the guest mount an image, for a template. StartFailed with the guest's words when it cannot."""

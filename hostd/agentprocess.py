@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from guestagent.errors import GuestRefused
-from guestagent.messages import AgentEvent, Exited, GuestStats, Output, Stream
+from guestagent.messages import AgentEvent, Exited, Output, ReplyBody, Stream
 from guestagent.protocol import AgentSession
 from hostd.drivers.contract import Exit, OutputPiece
 from hostd.errors import AgentLost
@@ -28,7 +28,7 @@ to the byte anyway."""
 class Link(Protocol):
     """What a process needs of its link to the agent (hostd/agentlink.py)."""
 
-    async def request(self, build: Callable[[AgentSession], tuple[int, bytes]]) -> int | GuestStats | None: ...
+    async def request(self, build: Callable[[AgentSession], tuple[int, bytes]]) -> ReplyBody: ...
     def acknowledge(self, proc: int, stream: Stream, offset: int) -> None: ...
     def stdin_room(self, proc: int) -> int: ...
     def send_stdin(self, proc: int, data: bytes, *, eof: bool = False) -> None: ...

@@ -10,6 +10,7 @@ loop (v1) ends what is in it. See Documentation/admin-guide/cgroup-v2.rst and cg
 from __future__ import annotations
 
 import os
+import re
 import signal
 import time
 from collections.abc import Callable
@@ -122,6 +123,29 @@ class Hierarchy:
             return int((self.roots["" if self.version == 2 else "memory"] / uid / name).read_text())
         except FileNotFoundError:
             return 0
+
+    def swappable_mib(self) -> int:
+        """How much this host could swap out."""
+        match = re.search(r"^SwapFree:\s+(\d+) kB", Path("/proc/meminfo").read_text(), re.M)
+        return int(match[1]) >> 10 if match else 0
+
+    def reclaim(self, uid: str, size_bytes: int) -> int:
+        """Has the kernel take back up to `size_bytes` of what the sandbox used least lately, into swap; how much it
+        got. v2 has a file for it; on v1 the limit is lowered for a moment. Blocks while the kernel works."""
+        before = self.usage_bytes(uid)
+        folder = self.roots["" if self.version == 2 else "memory"] / uid
+        try:
+            if self.version == 2:
+                (folder / "memory.reclaim").write_text(str(size_bytes))
+            else:
+                limit = (folder / "memory.limit_in_bytes").read_text()
+                try:
+                    (folder / "memory.limit_in_bytes").write_text(str(max(0, before - size_bytes)))
+                finally:
+                    (folder / "memory.limit_in_bytes").write_text(limit)
+        except OSError:
+            pass  # EBUSY, EAGAIN: not all of it; no such file: nothing
+        return max(0, before - self.usage_bytes(uid))
 
     def names(self, prefix: str) -> list[str]:
         """Our cgroups whose names begin with `prefix`."""

@@ -42,6 +42,13 @@ class Handle:
     plugged: bool = False  # its layers came by hot-plug
     address: str = ""  # IPv4, of its network
     member: str = ""  # the pool member that it was claimed as: its cgroup and directory go by that name
+    init_on_alloc: bool = True  # its kernel clears each page that it gives out
+    max_vcpus: int = 0  # so many vCPUs it can be given at most; 0: none beyond those it has
+
+    @property
+    def ceiling_vcpus(self) -> int:
+        """The most vCPUs it can have."""
+        return max(self.vcpus, self.max_vcpus)
 
 
 @dataclass(frozen=True)

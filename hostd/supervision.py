@@ -142,7 +142,7 @@ async def follow_resize(owner: Owner, engine: Engine, wanted: Resources) -> None
     """Sets the targets and reports progress until the guest has followed. Runs until cancelled while it does not."""
     handle = engine.handle
     shape = MemoryShape(handle.base_mib, handle.elastic_mib)
-    problem = infeasible(shape.ceiling_mib, handle.vcpus, wanted)
+    problem = infeasible(shape.ceiling_mib, handle.ceiling_vcpus, wanted)
     if problem:
         now_mib = await _actual_mib(engine)
         owner.tell_resize(

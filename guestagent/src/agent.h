@@ -3,9 +3,8 @@
  *
  * `struct agent` is the whole state. Who owns what: port.c the connection, proc.c the processes, world.c the
  * namespaces they live in, configure.c the way from a booted guest to one sandbox, dispatch.c what each
- * message does. What comes later (a hugetlb balloon, self-defence by PSI, a supervisor of seccomp
- * notifications) is each one more source in the loop (enum role) and, where the host speaks with it, one more
- * kind in dispatch.c.
+ * message does. What comes later (a supervisor of seccomp notifications) is each one more source in the loop
+ * (enum role) and, where the host speaks with it, one more kind in dispatch.c.
  */
 #ifndef SANDLOOM_AGENT_H
 #define SANDLOOM_AGENT_H
@@ -31,7 +30,17 @@ enum {
 };
 
 /* What an epoll event is about. The first four are a process's, by its slot. */
-enum role { ROLE_OUT, ROLE_ERR, ROLE_IN, ROLE_STATUS, ROLE_PORT, ROLE_LISTENER, ROLE_SIGNALS, ROLE_PRESSURE };
+enum role {
+    ROLE_OUT,
+    ROLE_ERR,
+    ROLE_IN,
+    ROLE_STATUS,
+    ROLE_PORT,
+    ROLE_LISTENER,
+    ROLE_SIGNALS,
+    ROLE_PRESSURE,
+    ROLE_MEMORY
+};
 
 enum proc_state { PROC_FREE, PROC_STARTING, PROC_RUNNING, PROC_EXITED };
 
@@ -87,6 +96,28 @@ struct pending_configure {
     char machine_id[MACHINE_ID_BYTES + 1];
 };
 
+/* Blocks (2 MiB of guest-physical memory) between `first` and `end` that the host wants, and what it was
+ * told. */
+struct balloon {
+    uint32_t id; /* BALLOON's request while blocks are being taken, else 0 */
+    bool told;   /* the host makes its holes: nothing may be given back */
+    uint64_t target, first, end, chunk, deadline_ms;
+};
+
+struct cpus {
+    uint32_t id; /* CPUS' request while it is not as wanted, else 0 */
+    uint64_t wanted, deadline_ms, retry_ms;
+};
+
+/* The mark (memory.high) above which the workload is stalled; see defence.c. */
+struct defence {
+    int events_fd; /* of memory.events; -1: there is no defence */
+    bool lifted;   /* a stall that nobody ended is over: no mark */
+    bool late;     /* something was to be given back while the host made its holes */
+    uint64_t mark_kib, high, gave_back_kib;
+    uint64_t stall_ms, retry_ms, tell_ms; /* when a stall is ended by force, to look again, to tell again */
+};
+
 enum shutdown_phase { SHUTDOWN_NONE, SHUTDOWN_GRACE, SHUTDOWN_KILLED, SHUTDOWN_DRAINED };
 
 struct agent {
@@ -108,6 +139,9 @@ struct agent {
     struct world world;
     struct freezer freezer;
     struct pending_configure pending;
+    struct balloon balloon;
+    struct cpus cpus;
+    struct defence defence;
     enum shutdown_phase shutdown;
     uint64_t shutdown_ms; /* when its phase is over */
     uint64_t oom_kills, oom_check_ms;
@@ -194,6 +228,27 @@ void freeze_cancel(struct agent *agent);
 int thaw(struct agent *agent);
 int renew(struct agent *agent, const struct configure *identity);
 
+/* balloon.c, cpus.c: 0 (the reply comes, or came) or an errno, with a message in agent->reason. */
+int balloon_begin(struct agent *agent, const struct message *message);
+int balloon_runs(struct agent *agent, const struct message *message);
+int balloon_done(struct agent *agent);
+void balloon_step(struct agent *agent, uint64_t now);
+void balloon_cancel(struct agent *agent);
+uint64_t balloon_blocks(void);
+/* A quarter of what is held, and no less than so many blocks; KiB. */
+uint64_t balloon_give_back(struct agent *agent, uint64_t at_least);
+int cpus_begin(struct agent *agent, const struct message *message);
+void cpus_step(struct agent *agent, uint64_t now);
+
+/* defence.c */
+void defence_open(struct agent *agent);
+void defence_adjust(struct agent *agent); /* there may be more memory, or less */
+void defence_relieve(struct agent *agent, bool stalled);
+void defence_catch_up(struct agent *agent);
+void defence_ready(struct agent *agent);
+void defence_step(struct agent *agent, uint64_t now);
+uint64_t defence_reserve_kib(void);
+
 /* boot.c */
 void boot(struct agent *agent);
 
@@ -201,6 +256,8 @@ void boot(struct agent *agent);
 void stats_reply(struct agent *agent, uint32_t id);
 void pressure_open(struct agent *agent);
 void pressure_ready(struct agent *agent);
+void pressure_tell(struct agent *agent, uint64_t total_kib, uint64_t gave_back_kib, uint64_t wants_kib);
+uint64_t meminfo_kib(const char *key);
 void oom_check(struct agent *agent);
 
 /* shutdown.c */

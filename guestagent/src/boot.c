@@ -10,7 +10,7 @@
 
 #include "agent.h"
 
-enum { ORDER_BYTES = 4096, PORT_DEADLINE_MS = 20000 };
+enum { ORDER_BYTES = 4096, PORT_DEADLINE_MS = 60000 };
 
 static void mount_one(const char *type, const char *at, unsigned long flags) {
     if (mount(type, at, type, flags, NULL) < 0) {

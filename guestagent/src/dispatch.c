@@ -153,6 +153,17 @@ static int request(struct agent *agent, const struct message *message) {
         return thaw(agent);
     case KIND_RENEW:
         return renew(agent, &message->of.configure);
+    case KIND_BALLOON:
+        error = balloon_begin(agent, message);
+        return error ? error : ALREADY;
+    case KIND_BALLOON_RUNS:
+        error = balloon_runs(agent, message);
+        return error ? error : ALREADY;
+    case KIND_BALLOON_DONE:
+        return balloon_done(agent);
+    case KIND_CPUS:
+        error = cpus_begin(agent, message);
+        return error ? error : ALREADY;
     case KIND_START:
         error = proc_start(agent, message);
         return error ? error : ALREADY;
@@ -221,6 +232,8 @@ void session_end(struct agent *agent) {
     agent->greeted = false;
     configure_cancel(agent);
     freeze_cancel(agent);
+    balloon_cancel(agent);
+    agent->cpus.id = 0;
     for (uint32_t i = 0; i < agent->proc_end; i++) {
         struct proc *proc = &agent->procs[i];
         proc->start_id = 0;

@@ -35,9 +35,25 @@ static bool says(int group_fd, const char *line) {
     return strstr(events, line) != NULL;
 }
 
+/* One by one: a kernel may lack one of them, and what needs it says so. */
+static bool give_controllers(void) {
+    static const char *const wanted[] = {"+memory", "+hugetlb"};
+    int fd = open(TREE "/cgroup.subtree_control", O_WRONLY | O_CLOEXEC);
+    for (unsigned i = 0; fd >= 0 && i < sizeof(wanted) / sizeof(wanted[0]); i++) {
+        if (write(fd, wanted[i], strlen(wanted[i])) < 0) {
+            log_line("no controller for the workload: ", wanted[i], errno);
+        }
+    }
+    if (fd >= 0) {
+        close(fd);
+    }
+    return fd >= 0;
+}
+
 void freezer_open(struct agent *agent) {
     if (mount("cgroup2", TREE, "cgroup2", MS_NOSUID | MS_NODEV | MS_NOEXEC, NULL) < 0 ||
-        (mkdir(GROUP, 0755) < 0 && errno != EEXIST) || (mkdir(APART, 0755) < 0 && errno != EEXIST)) {
+        !give_controllers() || (mkdir(GROUP, 0755) < 0 && errno != EEXIST) ||
+        (mkdir(APART, 0755) < 0 && errno != EEXIST)) {
         log_line("no cgroup for the workload: ", GROUP, errno); /* FREEZE says so, too */
         return;
     }

@@ -85,6 +85,9 @@ static void take(struct agent *agent, const struct epoll_event *event) {
     case ROLE_PRESSURE:
         pressure_ready(agent);
         break;
+    case ROLE_MEMORY:
+        defence_ready(agent);
+        break;
     case ROLE_PORT: /* read and written on every turn, see below */
     case ROLE_LISTENER:
         break;
@@ -101,13 +104,20 @@ static int deadlines(struct agent *agent) {
     uint64_t next = procs_linger(agent, now);
     configure_step(agent, now);
     freeze_step(agent, now);
+    balloon_step(agent, now);
+    cpus_step(agent, now);
+    defence_step(agent, now);
     shutdown_step(agent, now);
     if (agent->oom_check_ms != 0 && now >= agent->oom_check_ms) {
         oom_check(agent);
     }
     uint64_t others[] = {agent->pending.id ? agent->pending.retry_ms : 0,
                          agent->freezer.id ? agent->freezer.retry_ms : 0,
-                         agent->shutdown ? agent->shutdown_ms : 0, agent->oom_check_ms};
+                         agent->shutdown ? agent->shutdown_ms : 0,
+                         agent->oom_check_ms,
+                         agent->balloon.id ? 1 : 0,
+                         agent->cpus.id ? agent->cpus.retry_ms : 0,
+                         agent->defence.retry_ms};
     for (unsigned i = 0; i < sizeof(others) / sizeof(others[0]); i++) {
         if (others[i] != 0 && others[i] < next) {
             next = others[i];

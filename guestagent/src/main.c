@@ -103,6 +103,7 @@ int main(int argc, char **argv) {
     }
     read_boot_id();
     pressure_open(&agent);
+    defence_open(&agent);
     int status = agent_loop(&agent);
     world_leave(&agent);
     return status;

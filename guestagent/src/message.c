@@ -179,8 +179,23 @@ static const char *parse_fields(const msgpack_object *at, struct message *to) {
         return take_uint(&at[0], 1, UINT32_MAX, &to->of.deadline_ms) ? NULL : "FREEZE: deadline_ms";
     case KIND_START:
         return at[0].type == MSGPACK_OBJECT_MAP ? parse_start(&at[0], &to->proc, &to->of.start) : "START";
+    case KIND_BALLOON:
+        return take_uint(&at[0], 0, MAX_BLOCKS, &to->of.balloon.blocks) &&
+                       take_uint(&at[1], 0, MAX_BLOCKS, &to->of.balloon.first) &&
+                       take_uint(&at[2], to->of.balloon.first, MAX_BLOCKS, &to->of.balloon.end) &&
+                       take_uint(&at[3], 1, UINT32_MAX, &to->of.balloon.deadline_ms)
+                   ? NULL
+                   : "BALLOON: blocks, first, end or deadline_ms";
+    case KIND_BALLOON_RUNS:
+        return take_uint(&at[0], 0, MAX_BLOCKS, &to->of.balloon.first) ? NULL : "BALLOON_RUNS: first";
+    case KIND_CPUS:
+        return take_uint(&at[0], 1, MAX_VCPUS, &to->of.cpus.count) &&
+                       take_uint(&at[1], 1, UINT32_MAX, &to->of.cpus.deadline_ms)
+                   ? NULL
+                   : "CPUS: count or deadline_ms";
     case KIND_STATS:
     case KIND_THAW:
+    case KIND_BALLOON_DONE:
         return NULL;
     case KIND_SHUTDOWN:
         return take_uint(&at[0], 0, UINT32_MAX, &to->of.grace_ms) ? NULL : "SHUTDOWN: grace_ms";
@@ -220,6 +235,7 @@ static int field_count(enum kind kind) {
     switch (kind) {
     case KIND_STATS:
     case KIND_THAW:
+    case KIND_BALLOON_DONE:
         return 0;
     case KIND_HELLO:
     case KIND_CONFIGURE:
@@ -230,13 +246,16 @@ static int field_count(enum kind kind) {
     case KIND_RENEW:
     case KIND_FREEZE:
     case KIND_REHEARSE:
+    case KIND_BALLOON_RUNS:
         return 1;
     case KIND_SIGNAL:
+    case KIND_CPUS:
         return 2;
     case KIND_ACK:
     case KIND_WINSIZE:
         return 3;
     case KIND_STDIN:
+    case KIND_BALLOON:
         return 4;
     default:
         return -1;

@@ -24,6 +24,8 @@ enum {
     MACHINE_ID_BYTES = 32,
     MAX_HOSTNAME_BYTES = 64,
     MAX_SIGNAL = 64,
+    MAX_BLOCKS = 1 << 25, /* of 2 MiB: 64 TiB of addresses */
+    MAX_VCPUS = 256,
 };
 
 enum kind {
@@ -41,6 +43,10 @@ enum kind {
     KIND_RENEW = 12,
     KIND_FREEZE = 13,
     KIND_THAW = 14,
+    KIND_BALLOON = 15,
+    KIND_BALLOON_RUNS = 16,
+    KIND_BALLOON_DONE = 17,
+    KIND_CPUS = 18,
     KIND_REHEARSE = 30,
     KIND_REPLY = 64,
     KIND_OUTPUT = 65,
@@ -91,6 +97,13 @@ struct message {
         struct {
             uint16_t rows, cols;
         } size;
+        struct {
+            uint64_t blocks, first, end; /* of 2 MiB of guest-physical memory; RUNS: first only */
+            uint64_t deadline_ms;
+        } balloon;
+        struct {
+            uint64_t count, deadline_ms;
+        } cpus;
         uint64_t grace_ms, deadline_ms;
     } of;
 };

@@ -40,6 +40,10 @@ static uint64_t fact(size_t size, const char *key) {
     return value;
 }
 
+uint64_t meminfo_kib(const char *key) {
+    return fact(read_all("/proc/meminfo"), key);
+}
+
 static void put_memory(msgpack_packer *packer) {
     size_t size = read_all("/proc/meminfo");
     put(packer, "mem_total_kib", fact(size, "MemTotal"));
@@ -48,6 +52,10 @@ static void put_memory(msgpack_packer *packer) {
     put(packer, "cached_kib", fact(size, "Cached"));
     put(packer, "shmem_kib", fact(size, "Shmem"));
     put(packer, "anon_kib", fact(size, "AnonPages"));
+    put(packer, "active_kib", fact(size, "Active:"));
+    put(packer, "inactive_kib", fact(size, "Inactive:"));
+    put(packer, "swapped_kib", fact(size, "SwapTotal") - fact(size, "SwapFree"));
+    put(packer, "balloon_kib", fact(size, "Hugetlb"));
 }
 
 static uint64_t pressure(const char *path, const char *line) {
@@ -131,9 +139,10 @@ static uint64_t resident_kib(void) {
 }
 
 void stats_reply(struct agent *agent, uint32_t id) {
+    defence_adjust(agent); /* the host asks after it plugged something */
     msgpack_packer *packer = tx_begin(&agent->tx, KIND_REPLY, id, 4);
     msgpack_pack_int(packer, 0);
-    msgpack_pack_map(packer, 19);
+    msgpack_pack_map(packer, 23);
     put_memory(packer);
     put_pressure(packer);
     put_cpu(packer);
@@ -161,11 +170,12 @@ static void say_event(struct agent *agent, const char *name, const char *const *
 }
 
 void oom_check(struct agent *agent) {
-    static const char *const keys[] = {"total", "new"};
+    static const char *const keys[] = {"total", "new", "available_kib", "total_kib"};
     uint64_t total = fact(read_all("/proc/vmstat"), "oom_kill");
     if (total > agent->oom_kills) {
-        uint64_t values[] = {total, total - agent->oom_kills};
-        say_event(agent, "oom_kill", keys, values, 2);
+        uint64_t values[] = {total, total - agent->oom_kills, meminfo_kib("MemAvailable"),
+                             meminfo_kib("MemTotal") - balloon_blocks() * 2048};
+        say_event(agent, "oom_kill", keys, values, 4);
         agent->oom_kills = total;
     }
     agent->oom_check_ms = 0;
@@ -184,11 +194,20 @@ void pressure_open(struct agent *agent) {
     }
 }
 
+void pressure_tell(struct agent *agent, uint64_t total_kib, uint64_t gave_back_kib, uint64_t wants_kib) {
+    static const char *const keys[] = {"some_us",   "full_us",       "available_kib",
+                                       "total_kib", "gave_back_kib", "wants_kib"};
+    uint64_t values[] = {pressure(PRESSURE, "some"),
+                         pressure(PRESSURE, "full"),
+                         meminfo_kib("MemAvailable"),
+                         total_kib,
+                         gave_back_kib,
+                         wants_kib};
+    say_event(agent, "psi_memory", keys, values, 6);
+}
+
 void pressure_ready(struct agent *agent) {
-    static const char *const keys[] = {"some_us", "full_us", "available_kib"};
-    uint64_t values[] = {pressure(PRESSURE, "some"), pressure(PRESSURE, "full"),
-                         fact(read_all("/proc/meminfo"), "MemAvailable")};
-    say_event(agent, "psi_memory", keys, values, 3);
+    defence_relieve(agent, false);
     oom_check(agent);
     agent->oom_check_ms = now_ms() + OOM_RECHECK_MS; /* and what is killed a little later */
 }

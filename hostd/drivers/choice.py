@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from contextlib import AsyncExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from hostd import guestkernel
@@ -31,6 +31,7 @@ from hostd.drivers.qemu.plan import GuestKernel
 from hostd.drivers.qemu.template import GuestIdentity
 from hostd.drivers.qemu.templates import Tell, Templates
 from hostd.drivers.qemu.vmm import Vmms
+from hostd.memory import elasticfile
 from hostd.spec import MIN_BASE_RAM_MIB, MemoryShape, SandboxClass
 from sharedcache.store import Store
 
@@ -48,6 +49,7 @@ class Chosen:
     guest_kernel_version: str = ""
     qemu_version: str = ""
     cgroup_version: str = ""
+    elastic_memory: str = ""  # what it stands on
     classes: tuple[SandboxClass, ...] = (SandboxClass.GUEST_KERNEL,)
 
 
@@ -74,10 +76,17 @@ async def _qemu(config: Config, store: Store, tell: Tell, stack: AsyncExitStack)
     templates = await stack.enter_async_context(Templates(store, tell))
     version = await asyncio.to_thread(qemu_version)
     identity = GuestIdentity(kernel.digest, kernel.initrd_digest, version, cpu_identity(verdict.accel))
-    vmms = Vmms(cgroups, config.boot_deadline_s)
+    kernel = replace(kernel, init_on_alloc=config.init_on_alloc == "on")
+    backing = await asyncio.to_thread(elasticfile.probe)
+    if config.elastic_pages == "small":
+        backing = elasticfile.Backing(False, "configured")
+    log.info("elastic memory is on %s", backing)
+    vmms = Vmms(cgroups, config.boot_deadline_s, huge=backing.huge)
     cloner = Cloner(templates, kernel, identity, verdict.accel, vmms, config.run_dir)
     await asyncio.to_thread(cloner.sweep)
-    qemu = QemuDriver(kernel, verdict.accel, cgroups, boot_deadline_s=config.boot_deadline_s, cloner=cloner)
+    qemu = QemuDriver(
+        kernel, verdict.accel, cgroups, boot_deadline_s=config.boot_deadline_s, cloner=cloner, huge=backing.huge
+    )
     driver = ByClass({SandboxClass.GUEST_KERNEL: qemu, **oci_drivers}, missing)
     return Chosen(
         driver,
@@ -88,6 +97,7 @@ async def _qemu(config: Config, store: Store, tell: Tell, stack: AsyncExitStack)
         guest_kernel_version=kernel.version,
         qemu_version=version,
         cgroup_version=f"v{cgroups.version}",
+        elastic_memory=str(backing),
     )
 
 

@@ -34,6 +34,7 @@ class MemoryNow:
     plugged_mib: int = 0  # of the elastic region, ballooned or not
     ballooned_mib: int = 0  # taken from the guest; the host has it back, unless `punchable` is false
     punchable: bool = True  # false: balloon pages of this engine (a fork's) give the host nothing back
+    held_mib: int = 0  # of the elastic region, as the host counts it; 0 where it cannot
     signals: MemorySignals = MemorySignals()
 
 

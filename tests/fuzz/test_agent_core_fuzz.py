@@ -42,6 +42,10 @@ REQUESTS: list[list[object]] = [
     [9, 8, 1000],
     [10, 9, 1],
     [11, 10, {"layers": [b"u" * 16], "deadline_ms": 5}],
+    [15, 11, 300, 2048, 4096, 5000],
+    [16, 12, 3000],
+    [17, 13],
+    [18, 14, 4, 1000],
 ]
 PASSWD = b"".join(b"user%d:x:%d:%d:comment:/home/user%d:/bin/sh\n" % (n, n, n, n) for n in range(40))
 GROUP = b"".join(b"group%d:x:%d:user1,user2,user%d\n" % (n, n, n) for n in range(70))

@@ -25,6 +25,7 @@ from guestagent.messages import (
     HelloReceived,
     Output,
     OutputEnded,
+    ReplyBody,
     ReplyReceived,
     StartProcess,
     Stream,
@@ -145,7 +146,7 @@ class Link:
             if self._unsent:
                 self.turn(quiet_s)
 
-    def ask(self, sent: tuple[int, bytes]) -> int | GuestStats | None:
+    def ask(self, sent: tuple[int, bytes]) -> ReplyBody:
         """Sends a request; the reply's body. GuestRefused when the agent refuses."""
         request_id, data = sent
         self.send(data)

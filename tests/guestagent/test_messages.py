@@ -209,6 +209,9 @@ def test_guest_state_and_stats_survive_the_wire() -> None:
     assert decode_stats({**encode_stats(DEFAULT_STATS), "newer": "thing"}) == DEFAULT_STATS
 
 
+LATER = {"active_kib", "inactive_kib", "swapped_kib", "balloon_kib"}
+
+
 @pytest.mark.parametrize("name", [item.name for item in fields(GuestStats)])
 def test_each_counter_must_be_there_and_a_uint(name: str) -> None:
     stats = asdict(DEFAULT_STATS)
@@ -216,6 +219,9 @@ def test_each_counter_must_be_there_and_a_uint(name: str) -> None:
         with pytest.raises(ProtocolError, match=name):
             decode_stats({**stats, name: bad})
     del stats[name]
+    if name in LATER:  # an agent of before does not tell it
+        assert getattr(decode_stats(stats), name) == 0
+        return
     with pytest.raises(ProtocolError, match=name):
         decode_stats(stats)
 

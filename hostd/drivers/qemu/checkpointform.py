@@ -27,9 +27,11 @@ class GuestForm:
     plugged: bool  # layers stand in hot-plug ports instead of slots
     qemu: str
     cpu: str
+    max_vcpus: int = 0
+    plugged_vcpus: int = 0  # were hot-plugged
 
     @classmethod
-    def of(cls, handle: Handle, qemu: str, cpu: str) -> GuestForm:
+    def of(cls, handle: Handle, qemu: str, cpu: str, plugged_vcpus: int = 0) -> GuestForm:
         """A running guest's. CannotCheckpoint when its handle does not say enough."""
         if handle.elastic_mib and not handle.device_mib:
             raise CannotCheckpoint("it was started by a hostd that could not checkpoint: start it anew")
@@ -42,12 +44,15 @@ class GuestForm:
             handle.plugged,
             qemu,
             cpu,
+            handle.max_vcpus,
+            plugged_vcpus,
         )
 
     @classmethod
     def parse(cls, values: Mapping[str, object]) -> GuestForm:
         """CheckpointUnusable when a value is missing, mistyped or unknown."""
         types = {field.name: _TYPES[str(field.type)] for field in fields(cls)}
+        values = {"max_vcpus": 0, "plugged_vcpus": 0, **values}  # a form of before vCPUs could be plugged has none
         if values.keys() != types.keys() or any(type(values[name]) is not kind for name, kind in types.items()):
             raise CheckpointUnusable("a checkpoint's form is not of this version; make it anew")
         return cls(**values)  # type: ignore[arg-type]
@@ -82,6 +87,8 @@ def restored_shape(
         initrd=kernel.initrd,
         accel=form.accel,
         vcpus=form.vcpus,
+        max_vcpus=form.max_vcpus,
+        plugged_vcpus=form.plugged_vcpus,
         memory=form.memory,
         ram=ram,
         elastic=elastic,

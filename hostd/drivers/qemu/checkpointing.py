@@ -37,6 +37,7 @@ from hostd.drivers.qemu.checkpointtaking import take
 from hostd.drivers.qemu.command import RamFile
 from hostd.drivers.qemu.engine import Parts, QemuEngine
 from hostd.drivers.qemu.plan import GuestKernel, limits_for, machine_id_of
+from hostd.drivers.qemu.vcpus import plugged_count
 from hostd.drivers.qemu.vmm import Launch, Vmms
 from hostd.errors import CannotCheckpoint, CheckpointUnusable, StartFailed
 from hostd.journal import Handle
@@ -106,7 +107,8 @@ class QemuCheckpointing:
         if not isinstance(engine, QemuEngine):
             raise CannotCheckpoint("only sandboxes of class guest-kernel can be checkpointed")
         qemu, cpu = await asyncio.to_thread(_identity, self._accel)
-        taken = await take(engine, GuestForm.of(engine.handle, qemu, cpu), offsets)
+        plugged_vcpus = await plugged_count(engine.control)
+        taken = await take(engine, GuestForm.of(engine.handle, qemu, cpu, plugged_vcpus), offsets)
         return TakenCheckpoint(QemuMemory(taken.memory), taken.form.encode(), taken.offsets, taken.pause_s)
 
     def read_about(self, path: Path) -> bytes:

@@ -26,6 +26,7 @@ from hostd.drivers.qemu.checkpointform import GuestForm
 from hostd.drivers.qemu.control import Control
 from hostd.drivers.qemu.engine import QemuEngine
 from hostd.errors import CheckpointFailed, ControlLost, HostdError, NotRunning
+from hostd.memory.elasticfile import ELASTIC_NAME
 from hostd.tasks import to_its_end
 
 FREEZE_DEADLINE_S = 5.0
@@ -34,7 +35,7 @@ RAM_BLOCK, ELASTIC_BLOCK = "ram0", "0000:00:03.0/vm0"
 
 ELASTIC_DEVICE = "vmem0"
 _HOST_ADDRESS = re.compile(r" is (0x[0-9a-f]+)")
-_MAPPING = re.compile(r"([0-9a-f]+)-([0-9a-f]+) ...(.) [0-9a-f]+ [0-9a-f]+:[0-9a-f]+ (\d+)")
+_MAPPING = re.compile(r"([0-9a-f]+)-([0-9a-f]+) ...(.) [0-9a-f]+ ([0-9a-f]+):([0-9a-f]+) (\d+)")
 
 Offsets = Callable[[], dict[int, int]]
 """How much of each stream of main this host has recorded, asked while the guest stands still."""
@@ -54,7 +55,7 @@ class TakenGuest:
 class Block:
     """A RAM block of a running QEMU: the file behind it, and whether the guest's writes go into that."""
 
-    inode: int
+    inode: tuple[int, int]  # of which device
     shared: bool
 
 
@@ -154,7 +155,8 @@ async def _block_at(control: Control, pid: int, guest_address: int) -> Block:
     for line in (await asyncio.to_thread(Path(f"/proc/{pid}/maps").read_text)).splitlines():
         mapping = _MAPPING.match(line)
         if mapping is not None and int(mapping[1], 16) <= address < int(mapping[2], 16):
-            return Block(int(mapping[4]), mapping[3] == "s")
+            device = os.makedev(int(mapping[4], 16), int(mapping[5], 16))
+            return Block((device, int(mapping[6])), mapping[3] == "s")
     raise CheckpointFailed(f"{address:#x} is not mapped in QEMU, pid {pid}")
 
 
@@ -176,9 +178,10 @@ def _parts(blocks: _Blocks, draft: DraftMemory) -> list[tuple[Block, int, int]]:
     return parts
 
 
-def _open_inode(pid: int, inode: int) -> int:
+def _open_inode(pid: int, inode: tuple[int, int]) -> int:
     for entry in Path(f"/proc/{pid}/fd").iterdir():
-        if str(entry.readlink()).startswith("/memfd:") and entry.stat().st_ino == inode:
+        of_memory = str(entry.readlink()).startswith(("/memfd:", f"/{ELASTIC_NAME} "))
+        if of_memory and ((about := entry.stat()).st_dev, about.st_ino) == inode:
             return os.open(entry, os.O_RDONLY | os.O_CLOEXEC)
     raise CheckpointFailed(f"QEMU, pid {pid}, has closed the file of its guest's memory")
 

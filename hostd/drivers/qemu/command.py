@@ -12,6 +12,10 @@ The machine is q35 without what no guest of ours uses. Facts behind the options 
 - `no_timer_check`: at boot Linux waits ms for timer interrupts, and panics ("IO-APIC + timer doesn't work!") where
   QEMU got no CPU meanwhile: one boot of 24 on a machine with a load of 9 a CPU. It knows by itself on KVM only.
 - pmem devices sit eight to a slot (multifunction), so that images of more than 100 layers fit.
+- vCPUs can be hot-plugged up to maxcpus; each possible one costs the guest some 200 KB of base RAM.
+- elastic memory is a file of hostd's own (hostd/memory/elasticfile.py). `align=2M`: without it a guest's faults on a
+  file of huge pages stay 4 KiB.
+- `init_on_alloc=0` is the operator's choice: Debian's kernel clears each page that it gives out, the balloon's too.
 - a clone needs neither kernel nor initrd: what it boots from is in its template's memory. Leaving them out saves the
   14 MB that QEMU keeps of them in its heap.
 - a clone's base RAM is a private mapping (share=off) of the template's sealed memfd, opened by /proc/self/fd/N, which
@@ -47,10 +51,12 @@ KERNEL_COMMAND_LINE = (
 
 @dataclass(frozen=True)
 class RamFile:
-    """Base or elastic RAM in an inherited memfd: shared while a template boots on it, private for clones and forks."""
+    """Base or elastic RAM in an inherited file: shared where the guest's writes go into it, private for what clones and
+    forks share."""
 
     descriptor: int
     private: bool
+    huge: bool = False  # the file is of huge pages: only an aligned mapping of it is
 
 
 @dataclass(frozen=True)
@@ -71,6 +77,9 @@ class GuestShape:
     hotplug_ports: int = 0  # each takes FUNCTIONS layers while the guest runs
     plugged: tuple[LayerFile, ...] = ()  # of a restored guest: layers that stand in those ports already
     restored: bool = False  # waits for a device state instead of booting
+    init_on_alloc: bool = True  # the guest kernel clears each page that it gives out
+    max_vcpus: int = 0  # room for vCPUs to be hot-plugged; 0: none
+    plugged_vcpus: int = 0  # of a restored guest: so many were hot-plugged
 
     @property
     def qmp_path(self) -> Path:
@@ -90,7 +99,8 @@ def qemu_argv(shape: GuestShape, binary: str = "qemu-system-x86_64") -> list[str
     start = ["-incoming", "defer"] if shape.restored else _kernel(shape)
     ports = _hotplug_ports(shape.hotplug_ports)
     plugged = _plugged(shape.plugged)
-    return [binary, *_machine(shape), *_memory(shape), *_control(shape), *ports, *_layers(shape), *plugged, *start]
+    devices = [*_control(shape), *ports, *_layers(shape), *plugged, *_vcpus(shape)]
+    return [binary, *_machine(shape), *_memory(shape), *devices, *start]
 
 
 def _machine(shape: GuestShape) -> list[str]:
@@ -100,7 +110,7 @@ def _machine(shape: GuestShape) -> list[str]:
         "-M", "q35,sata=off,usb=off,smbus=off,vmport=off,hpet=off,memory-backend=ram0",
         "-accel", accel,
         "-cpu", "host" if shape.accel == "kvm" else "max",
-        "-smp", str(shape.vcpus),
+        "-smp", f"{shape.vcpus},maxcpus={max(shape.vcpus, shape.max_vcpus)}",
         "-nodefaults", "-no-user-config", "-display", "none", "-no-reboot",
         "-sandbox", "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny",
     ]  # fmt: skip
@@ -133,8 +143,9 @@ def _base_ram(shape: GuestShape) -> str:
 def _elastic_ram(shape: GuestShape, size_mib: int) -> str:
     if shape.elastic is None:
         return f"memory-backend-memfd,id=vm0,size={size_mib}M,share=on,reserve=off"
-    path = f"/proc/self/fd/{shape.elastic.descriptor}"
-    return f"memory-backend-file,id=vm0,size={size_mib}M,mem-path={path},share=off,reserve=off"
+    path, share = f"/proc/self/fd/{shape.elastic.descriptor}", "off" if shape.elastic.private else "on"
+    align = f",align={BLOCK_MIB}M" if shape.elastic.huge else ""
+    return f"memory-backend-file,id=vm0,size={size_mib}M,mem-path={path},share={share},reserve=off{align}"
 
 
 def _hotplug_ports(count: int) -> list[str]:
@@ -171,6 +182,15 @@ def hot_plugs(layers: tuple[LayerFile, ...]) -> list[HotPlug]:
         plugs.append(HotPlug(backend, device))
     ports = [plugs[start : start + FUNCTIONS] for start in range(0, len(plugs), FUNCTIONS)]
     return [plug for port_plugs in ports for plug in reversed(port_plugs)]
+
+
+def _vcpus(shape: GuestShape) -> list[str]:
+    """vCPUs that were hot-plugged into a restored guest's source, with the ids and places that they have there."""
+    driver = "host-x86_64-cpu" if shape.accel == "kvm" else "max-x86_64-cpu"
+    argv: list[str] = []
+    for core in range(shape.vcpus, shape.vcpus + shape.plugged_vcpus):
+        argv += ["-device", f"{driver},id=vcpu{core},socket-id=0,core-id={core},thread-id=0"]
+    return argv
 
 
 def _plugged(layers: tuple[LayerFile, ...]) -> list[str]:
@@ -229,7 +249,8 @@ def _quoted(path: Path) -> str:
 
 
 def _kernel(shape: GuestShape) -> list[str]:
-    return ["-kernel", str(shape.kernel), "-initrd", str(shape.initrd), "-append", KERNEL_COMMAND_LINE]
+    words = KERNEL_COMMAND_LINE + ("" if shape.init_on_alloc else " init_on_alloc=0")
+    return ["-kernel", str(shape.kernel), "-initrd", str(shape.initrd), "-append", words]
 
 
 def launcher_argv(

@@ -50,11 +50,12 @@ class QemuDriver:
         boot_deadline_s: float,
         layers_as: str = "pmem",
         cloner: Cloner | None = None,
+        huge: bool | None = None,
         clock: Callable[[], float] = time.monotonic,
         time_ns: Callable[[], int] = time.time_ns,
     ) -> None:
         self.kernel, self.accel, self.cgroups = kernel, accel, cgroups
-        self._vmms, self._layers_as, self._cloner = Vmms(cgroups, boot_deadline_s), layers_as, cloner
+        self._vmms, self._layers_as, self._cloner = Vmms(cgroups, boot_deadline_s, huge=huge), layers_as, cloner
         self._clock, self._time_ns = clock, time_ns
         self.checkpointing: Checkpointing | None = QemuCheckpointing(
             kernel, accel, self._vmms, cgroups, clock=clock, time_ns=time_ns

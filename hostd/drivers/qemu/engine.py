@@ -11,22 +11,23 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass
 
 from guestagent.errors import BadRequest
-from guestagent.messages import MAIN_PROC, StartProcess
+from guestagent.messages import MAIN_PROC, GuestEvent, StartProcess
 from hostd.agentlink import AgentLink
 from hostd.agentprocess import AgentProcess
 from hostd.cgroups import Hierarchy
 from hostd.drivers.contract import Loss, Region
 from hostd.drivers.qemu.control import Control
+from hostd.drivers.qemu.elastic import GuestMemory
 from hostd.drivers.qemu.plan import limits_for
+from hostd.drivers.qemu.resizing import Resizing
 from hostd.drivers.qemu.vmm import first_loss
 from hostd.errors import ControlLost, HostdError, InvalidSpec
 from hostd.journal import Handle
 from hostd.memory.events import MemoryEvents
-from hostd.memory.values import MemoryEvent, MemoryNow, MemorySignals, Resized
-from hostd.memory.waiting import wait_for_target
+from hostd.memory.values import MemoryEvent, MemoryNow, Resized
 from hostd.process import WatchedProcess
 from hostd.regions import regions_of
-from hostd.spec import Command, MemoryShape, Resources
+from hostd.spec import Command, Resources
 from hostd.turnstile import Turnstile
 
 
@@ -57,8 +58,10 @@ class QemuEngine:
         """Starts of processes go through it; a checkpoint is taken alone."""
         self._resumed = resumed
         self._uid, self._parts, self._cgroups = uid, parts, cgroups
-        self._shape = MemoryShape(handle.base_mib, handle.elastic_mib)
         self._memory_events = MemoryEvents()
+        self._memory = GuestMemory(uid, handle, parts.control, parts.link, cgroups)
+        self._resizing = Resizing(handle, parts.control, parts.link, self._memory, self.turnstile)
+        parts.link.on_event = self._heard
 
     @property
     def link(self) -> AgentLink:
@@ -99,32 +102,26 @@ class QemuEngine:
         return main
 
     async def resize(self, resources: Resources, *, deadline_s: float = 0.0) -> Resized:
-        """See Engine.resize."""
+        """See Engine.resize. Also what comes first is through when this returns: limits, and one mechanism's move."""
         limits = limits_for(resources, restored=bool(self.handle.checkpoint))
-        before_mib = (await self.memory()).actual_mib
         try:
             await asyncio.to_thread(self._cgroups.set_limits, self._uid, limits)
         except HostdError as error:
             raise ControlLost(str(error)) from error
-        wanted_mib = self._shape.requested_mib(resources.memory_mib)
-        if self._shape.elastic_mib:
-            await self._parts.control.request_elastic_mib(wanted_mib)
-        return await wait_for_target(
-            self.memory, self._shape.base_mib + wanted_mib, before_mib, deadline_s, self.handle.vcpus
-        )
+        return await self._resizing.to(resources, deadline_s)
 
     def memory_events(self) -> AsyncIterator[MemoryEvent]:
         """See Engine.memory_events."""
         return self._memory_events()
 
+    def _heard(self, event: GuestEvent) -> None:
+        told = self._memory.heard(event)
+        if told is not None:
+            self._memory_events.tell(told)
+
     async def memory(self) -> MemoryNow:
         """See Engine.memory."""
-        elastic = await self._parts.control.elastic_mib() if self._shape.elastic_mib else 0
-        stats = await self._parts.link.stats()
-        signals = MemorySignals(
-            stats.psi_mem_some_us, stats.psi_mem_full_us, refaults=stats.refault, oom_kills=stats.oom_kills
-        )
-        return MemoryNow(self._shape.base_mib + elastic, stats.mem_available_kib >> 10, elastic, signals=signals)
+        return (await self._memory.look())[0]
 
     async def regions(self) -> list[Region]:
         """See Engine.regions."""
@@ -137,6 +134,8 @@ class QemuEngine:
     async def detach(self) -> None:
         """See Engine.detach. Idempotent."""
         self._memory_events.close()
+        await self._resizing.aclose()
+        self._memory.close()
         await self._parts.link.close()
         await self._parts.control.close()
         self._parts.process.close()

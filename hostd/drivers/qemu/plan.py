@@ -16,7 +16,7 @@ from hostd.drivers.qemu.template import (
     layers_bucket_mib,
     template_key,
 )
-from hostd.spec import BLOCK_MIB, MemoryShape, Resources, SandboxSpec, base_ram_mib, memory_shape
+from hostd.spec import BLOCK_MIB, MemoryShape, Resources, SandboxSpec, base_ram_mib, memory_shape, vcpu_ceiling
 
 VM_OVERHEAD_MIB = 256
 """Above guest RAM in the cgroup's hard limit: QEMU's heap, TCG's buffers, page tables. Not what a VM uses
@@ -37,6 +37,7 @@ class GuestKernel:
     vmlinuz: Path
     initrd: Path
     gid: int
+    init_on_alloc: bool = True
 
 
 def limits_for(resources: Resources, *, restored: bool = False) -> Limits:
@@ -58,6 +59,8 @@ def shape_for(plan: StartPlan, kernel: GuestKernel, accel: str, layers_as: str =
         initrd=kernel.initrd,
         accel=accel,
         vcpus=plan.spec.resources.vcpus,
+        max_vcpus=vcpu_ceiling(plan.spec.resources.vcpus),
+        init_on_alloc=kernel.init_on_alloc,
         memory=memory_shape(plan.spec.resources, sum(layer.size_bytes for layer in unique)),
         layers=unique,
         layers_as=layers_as,
@@ -88,6 +91,8 @@ def template_shape(plan: StartPlan, kernel: GuestKernel, accel: str, *, with_ima
         initrd=kernel.initrd,
         accel=accel,
         vcpus=resources.vcpus,
+        max_vcpus=vcpu_ceiling(resources.vcpus),
+        init_on_alloc=kernel.init_on_alloc,
         memory=MemoryShape(base_mib, ceiling_mib - base_mib),
         layers=layers if with_image else (),
         hotplug_ports=0 if with_image else HOTPLUG_PORTS,

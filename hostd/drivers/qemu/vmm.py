@@ -11,18 +11,20 @@ from __future__ import annotations
 import asyncio
 import os
 import subprocess
-from contextlib import AsyncExitStack
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import AsyncExitStack, contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from guestagent.protocol import SessionCarry
 from hostd.agentlink import AgentLink
 from hostd.cgroups import Hierarchy, Limits
 from hostd.drivers.contract import Loss
-from hostd.drivers.qemu.command import GuestShape, launcher_argv, qemu_argv
+from hostd.drivers.qemu.command import GuestShape, RamFile, launcher_argv, qemu_argv
 from hostd.drivers.qemu.control import Control
 from hostd.errors import AgentLost, ControlLost, HostdError, StartFailed
 from hostd.journal import Handle
+from hostd.memory.elasticfile import open_elastic, probe
 from hostd.process import WatchedProcess, is_zombie, open_same, reap, start_ticks
 from hostd.removal import remove_folder
 
@@ -64,14 +66,17 @@ class Vmm:
 class Vmms:
     """Starts and ends QEMUs on this host. Stateless: what runs is known by its Handle."""
 
-    def __init__(self, cgroups: Hierarchy, boot_deadline_s: float) -> None:
+    def __init__(self, cgroups: Hierarchy, boot_deadline_s: float, *, huge: bool | None = None) -> None:
+        """`huge`: whether elastic memory is on huge pages; None: where this host can."""
         self.cgroups, self._boot_deadline_s = cgroups, boot_deadline_s
+        self.huge = probe().huge if huge is None else huge
 
     def fork(self, launch: Launch) -> Handle:
         """Makes directory and cgroup and starts QEMU in them. Blocks for milliseconds. StartFailed."""
         shape = launch.shape
         try:
-            pid = self._fork(launch)
+            with self._elastic(launch) as whole:
+                pid = self._fork(whole)
         except OSError as error:
             raise StartFailed(f"QEMU cannot be started: {error}", reason="HostError") from error
         ticks = start_ticks(pid)
@@ -89,7 +94,24 @@ class Vmms:
             shape.vcpus,
             device_mib=memory.elastic_mib,
             plugged=shape.hotplug_ports > 0,
+            max_vcpus=shape.max_vcpus,
+            init_on_alloc=shape.init_on_alloc,
         )
+
+    @contextmanager
+    def _elastic(self, launch: Launch) -> Iterator[Launch]:
+        """The launch with a new file for elastic memory, unless it has one or needs none. QEMU keeps it open."""
+        shape = launch.shape
+        if shape.elastic is not None or not shape.memory.region_mib:
+            yield launch
+            return
+        descriptor = open_elastic(shape.memory.region_mib << 20, huge=self.huge)
+        try:
+            os.fchown(descriptor, launch.vm_uid, launch.vm_uid)
+            elastic = RamFile(descriptor, private=False, huge=self.huge)
+            yield replace(launch, shape=replace(shape, elastic=elastic), inherit=(*launch.inherit, descriptor))
+        finally:
+            os.close(descriptor)
 
     def _fork(self, launch: Launch) -> int:
         launch.folder.mkdir(parents=True, mode=0o700)
@@ -98,7 +120,8 @@ class Vmms:
         gids = sorted(launch.gids)
         if launch.shape.accel == "kvm":
             gids.append(Path("/dev/kvm").stat().st_gid)
-        through = () if launch.shape.elastic is None else (str(NO_PUNCH),)
+        elastic = launch.shape.elastic
+        through = (str(NO_PUNCH),) if elastic is not None and elastic.private else ()
         argv = launcher_argv(qemu_argv(launch.shape), uid=launch.vm_uid, gids=gids, cgroup_procs=procs, through=through)
         with (launch.folder / "vmm.log").open("wb") as log:
             child = subprocess.Popen(

@@ -189,7 +189,7 @@ class TestForks:
             (lambda taken: damaged(taken, accel="kvm"), "accelerator 'kvm'"),
             (lambda taken: damaged(taken, base_mib=4096), "not of the size"),
             (lambda taken: damaged(taken, plugged="yes"), "not of this version"),
-            (lambda taken: damaged(taken, vcpus=2), "QEMU does not take"),
+            (lambda taken: damaged(taken, max_vcpus=1), "QEMU does not take"),
         ],
     )
     async def test_what_does_not_fit_is_refused_and_leaves_nothing(

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from hostd.drivers.contract import LayerFile
-from hostd.drivers.qemu.command import MAX_LAYERS, GuestShape, launcher_argv, qemu_argv
+from hostd.drivers.qemu.command import MAX_LAYERS, GuestShape, RamFile, launcher_argv, qemu_argv
 from hostd.errors import InvalidSpec
 from hostd.spec import MemoryShape
 
@@ -25,7 +25,7 @@ def test_the_whole_line() -> None:
         "-M", "q35,sata=off,usb=off,smbus=off,vmport=off,hpet=off,memory-backend=ram0",
         "-accel", "tcg,tb-size=32",
         "-cpu", "max",
-        "-smp", "2",
+        "-smp", "2,maxcpus=2",
         "-nodefaults", "-no-user-config", "-display", "none", "-no-reboot",
         "-sandbox", "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny",
         "-m", "148M,slots=4,maxmem=2074M",
@@ -92,3 +92,23 @@ def test_the_launcher_joins_cgroups_as_root_and_drops_everything() -> None:
     assert "--clear-groups" in launcher_argv(["q"], uid=7, gids=[], cgroup_procs=[])
     through = launcher_argv(["q"], uid=7, gids=[], cgroup_procs=[], through=("/nopunch",))
     assert through.index("/nopunch") == through.index("setpriv") - 1  # while root: a VM's uid may not reach the file
+
+
+def test_elastic_memory_is_a_file_of_hostds_own_mapped_where_it_can_be_huge() -> None:
+    for huge, align in ((True, ",align=2M"), (False, "")):
+        argv = qemu_argv(replace(SHAPE, elastic=RamFile(9, private=False, huge=huge)))
+        options = f"memory-backend-file,id=vm0,size={SHAPE.memory.region_mib}M,mem-path=/proc/self/fd/9"
+        assert f"{options},share=on,reserve=off{align}" in argv
+
+
+def test_room_for_vcpus_and_those_that_a_copy_has_already() -> None:
+    argv = qemu_argv(replace(SHAPE, vcpus=1, max_vcpus=4, plugged_vcpus=2, accel="tcg"))
+    assert "1,maxcpus=4" in argv
+    vcpus = [word for word in argv if "x86_64-cpu" in word]
+    assert vcpus == [f"max-x86_64-cpu,id=vcpu{core},socket-id=0,core-id={core},thread-id=0" for core in (1, 2)]
+
+
+def test_the_operator_chooses_whether_a_guest_clears_its_pages() -> None:
+    assert "init_on_alloc" not in " ".join(qemu_argv(SHAPE))
+    argv = qemu_argv(replace(SHAPE, init_on_alloc=False))
+    assert argv[argv.index("-append") + 1].endswith(" init_on_alloc=0")

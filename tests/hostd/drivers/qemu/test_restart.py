@@ -76,6 +76,11 @@ async def test_a_killed_hostd_leaves_guests_running_and_the_next_one_loses_nothi
         assert adopted is not None
         assert (adopted.status.host_pid, host.plane.phase(uid)) == (pid, "RUNNING")
         seen = await logs(host, uid)
+        for _ in range(600):  # it may have been killed before the first line came
+            if seen:
+                break
+            await asyncio.sleep(0.05)
+            seen = await logs(host, uid)
         for _ in range(600):  # what comes after the restart comes, too
             if len(await logs(host, uid)) > len(seen):
                 break
