@@ -198,10 +198,7 @@ class FakeAgent:
             Kind.STATS: lambda: encode_stats(replace(self.stats, balloon_kib=self.balloon.blocks << 11)),
             Kind.SHUTDOWN: self._shutdown,
             Kind.FORGET: self._forget,
-            Kind.BALLOON: self.balloon.balloon,
-            Kind.BALLOON_RUNS: self.balloon.runs,
-            Kind.BALLOON_DONE: self.balloon.done,
-            Kind.CPUS: self.balloon.cpus,
+            **self.balloon.handlers(),
         }
         try:
             code, body = 0, handlers[kind](*message[2:])
@@ -228,8 +225,7 @@ class FakeAgent:
             )
             for proc, process in self._procs.items()
         )
-        configured = self.configured is not None
-        return encode_guest_state(GuestState(PROTOCOL_VERSION, "0.1.0", self.boot_id, configured, procs))
+        return encode_guest_state(GuestState(PROTOCOL_VERSION, "0.1.0", self.boot_id, bool(self.configured), procs))
 
     def _prepare(self, body: object) -> None:
         if self.configured is not None or self.prepared is not None:

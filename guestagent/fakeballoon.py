@@ -6,7 +6,7 @@ import errno
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from guestagent.messages import RUN, RUNS_AT_ONCE
+from guestagent.messages import RUN, RUNS_AT_ONCE, Kind
 
 Runs = list[tuple[int, int]]
 
@@ -48,6 +48,15 @@ class FakeBalloon:
     def done(self) -> None:
         """BALLOON_DONE."""
         self.busy = False
+
+    def handlers(self) -> dict[Kind, Callable[..., object]]:
+        """What answers which request."""
+        return {
+            Kind.BALLOON: self.balloon,
+            Kind.BALLOON_RUNS: self.runs,
+            Kind.BALLOON_DONE: self.done,
+            Kind.CPUS: self.cpus,
+        }
 
     def cpus(self, count: int, deadline_ms: int) -> int:
         """CPUS."""

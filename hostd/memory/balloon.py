@@ -37,7 +37,7 @@ class ElasticRegion:
 
     guest_address: int
     size_bytes: int
-    descriptor: int
+    descriptor: int | None  # None: it cannot be punched (a fork's); its balloon can only give back
 
     def __post_init__(self) -> None:
         if self.guest_address % BLOCK_BYTES or self.size_bytes % BLOCK_BYTES:
@@ -76,7 +76,9 @@ class Balloon:
         self._ask, self._region = ask, region
         self._map = region.memory_map()
         self._turn = asyncio.Lock()
-        self._owed = True  # what was told before, to somebody else or too late, may not be punched yet
+        self._owed = (
+            region.descriptor is not None
+        )  # what was told before, to somebody else or too late, may not be punched yet
 
     async def set(self, blocks: int, deadline_s: float) -> Outcome:
         """Has the guest hold `blocks`, as near as it can within `deadline_s`. AgentLost when it does not answer."""
@@ -84,7 +86,7 @@ class Balloon:
             return await to_its_end(self._set(blocks, deadline_s))
 
     async def _set(self, blocks: int, deadline_s: float) -> Outcome:
-        owed, self._owed = self._owed, True
+        owed, self._owed = self._owed, self._region.descriptor is not None
         report = await self._request(blocks, deadline_s)
         if owed and report.blocks and not report.runs:  # it was lowered, which tells no runs
             report = await self._request(report.blocks, deadline_s)
@@ -118,6 +120,8 @@ class Balloon:
         return outcome
 
     def _punch(self, runs: bytes, so_far: Outcome) -> Outcome:
+        if self._region.descriptor is None:
+            return so_far
         plan = self._map.coalesce(runs, BLOCK_BYTES)
         refused = so_far.refused_runs + sum(plan.refused)
         try:

@@ -68,14 +68,15 @@ class GuestMemory:
         plugged = await self._control.elastic_mib() if self.shape.elastic_mib else 0
         stats = await self._link.stats()
         ballooned = min(plugged, stats.balloon_kib >> 10)
-        held = None if self._region is None else held_bytes(self._region.descriptor) >> 20
+        descriptor = None if self._region is None else self._region.descriptor
+        held = None if descriptor is None else held_bytes(descriptor) >> 20
         now = ElasticNow(
             base_mib=self.shape.base_mib,
             usable_mib=self.shape.elastic_mib,
             plugged_mib=plugged,
             ballooned_mib=ballooned,
             available_mib=stats.mem_available_kib >> 10,
-            punchable=self._balloon is not None,
+            punchable=descriptor is not None,
             held_mib=held,
             clears=self._handle.init_on_alloc,
             swappable_mib=self._cgroups.swappable_mib(),
@@ -96,13 +97,13 @@ class GuestMemory:
             descriptor = None if private else await asyncio.to_thread(find_elastic, self._handle.pid, size_mib << 20)
         except OSError as error:
             raise ControlLost(f"QEMU's elastic memory cannot be found: {error}") from error
-        if descriptor is not None:
-            try:
-                region = ElasticRegion(await self._address(), size_mib << 20, descriptor)
-            except BaseException:
+        try:
+            region = ElasticRegion(await self._address(), size_mib << 20, descriptor)
+        except BaseException:
+            if descriptor is not None:
                 os.close(descriptor)
-                raise
-            self._region, self._balloon = region, Balloon(self._link.elastic, region)
+            raise
+        self._region, self._balloon = region, Balloon(self._link.elastic, region)
         self._looked = True
 
     async def _address(self) -> int:
@@ -133,7 +134,7 @@ class GuestMemory:
         return Did(-(freed >> 20))
 
     async def _set_balloon(self, ballooned_mib: int, now: ElasticNow) -> Did:
-        assert self._balloon is not None, "the policy asks for no balloon where there is none"
+        assert self._balloon is not None, "look() found it"
         try:
             outcome = await self._balloon.set(ballooned_mib // BLOCK_MIB, BALLOON_DEADLINE_S)
         except AgentLost as error:
@@ -155,7 +156,7 @@ class GuestMemory:
 
     def close(self) -> None:
         """Lets go of the elastic file. Idempotent."""
-        if self._region is not None:
+        if self._region is not None and self._region.descriptor is not None:
             os.close(self._region.descriptor)
         self._region = self._balloon = None
 

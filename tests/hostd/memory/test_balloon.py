@@ -17,7 +17,7 @@ from guestagent.errors import GuestRefused
 from guestagent.fakeballoon import FakeBalloon, Runs
 from guestagent.messages import RUNS_AT_ONCE, BalloonReport, ReplyBody
 from hostd.errors import AgentLost, ControlLost
-from hostd.memory.balloon import BLOCK_BYTES, Balloon, ElasticRegion
+from hostd.memory.balloon import BLOCK_BYTES, Balloon, ElasticRegion, Outcome
 from hostd.memory.elasticfile import held_bytes
 
 BLOCKS = 64
@@ -68,11 +68,21 @@ def memory(blocks: int = BLOCKS) -> Iterator[ElasticRegion]:
         os.close(descriptor)
 
 
+def file_of(region: ElasticRegion) -> int:
+    assert region.descriptor is not None
+    return region.descriptor
+
+
+def held(region: ElasticRegion) -> int:
+    """By st_blocks: the host's own count."""
+    return held_bytes(file_of(region))
+
+
 def holes(region: ElasticRegion) -> set[int]:
     """Blocks that read as zeros, whole; every other one is as it was."""
     gone = set()
     for block in range(region.size_bytes // BLOCK_BYTES):
-        data = os.pread(region.descriptor, BLOCK_BYTES, block * BLOCK_BYTES)
+        data = os.pread(file_of(region), BLOCK_BYTES, block * BLOCK_BYTES)
         if data == bytes(BLOCK_BYTES):
             gone.add(block)
         else:
@@ -87,7 +97,7 @@ async def test_what_is_taken_is_punched_and_then_done_with() -> None:
         outcome = await Balloon(guest.ask, region).set(5, 1.0)
         assert (outcome.blocks, outcome.punched_bytes, outcome.refused_runs) == (5, 5 * BLOCK_BYTES, 0)
         assert holes(region) == {3, 4, 9, 10, 11}
-        assert held_bytes(region.descriptor) == (BLOCKS - 5) * BLOCK_BYTES
+        assert held(region) == (BLOCKS - 5) * BLOCK_BYTES
         assert isinstance(guest.heard[-1], BalloonDone) and not guest.balloon.busy
 
 
@@ -109,7 +119,7 @@ async def test_many_runs_come_in_parts() -> None:
         outcome = await Balloon(guest.ask, region).set(blocks // 2, 1.0)
         assert outcome.punched_bytes == blocks // 2 * BLOCK_BYTES
         assert [request.first for request in guest.heard if isinstance(request, MoreRuns)] == [FIRST + 2 * RUNS_AT_ONCE]
-        assert held_bytes(small.descriptor) == 4 * BLOCK_BYTES
+        assert held(small) == 4 * BLOCK_BYTES
 
 
 HOSTILE: dict[str, tuple[Runs, set[int], int]] = {
@@ -135,8 +145,8 @@ async def test_a_hostile_report_hurts_only_its_guest(name: str) -> None:
         guest.balloon.told = lambda first, taken: runs
         outcome = await Balloon(guest.ask, region).set(4, 1.0)
         assert holes(region) == gone and outcome.refused_runs == refused
-        assert held_bytes(region.descriptor) == (BLOCKS - len(gone)) * BLOCK_BYTES
-        assert held_bytes(neighbour.descriptor) == BLOCKS * BLOCK_BYTES
+        assert held(region) == (BLOCKS - len(gone)) * BLOCK_BYTES
+        assert held(neighbour) == BLOCKS * BLOCK_BYTES
 
 
 async def test_random_reports_punch_exactly_what_may_be_punched() -> None:
@@ -157,7 +167,7 @@ async def test_random_reports_punch_exactly_what_may_be_punched() -> None:
             guest = Guest()
             guest.balloon.told = lambda first, taken, told=runs: told  # type: ignore[misc]
             await Balloon(guest.ask, region).set(4, 1.0)
-            assert held_bytes(region.descriptor) == (BLOCKS - len(allowed)) * BLOCK_BYTES
+            assert held(region) == (BLOCKS - len(allowed)) * BLOCK_BYTES
 
 
 async def test_a_guest_that_tells_forever_is_cut_short() -> None:
@@ -201,7 +211,7 @@ async def test_a_host_that_cannot_punch_says_so_and_still_ends_the_conversation(
         finally:
             os.close(reader)
         assert os.strerror(errno.EBADF) in outcome.problem and outcome.punched_bytes == 0 and not guest.balloon.busy
-        assert held_bytes(region.descriptor) == BLOCKS * BLOCK_BYTES
+        assert held(region) == BLOCKS * BLOCK_BYTES
 
 
 async def test_a_conversation_that_is_cancelled_is_ended() -> None:
@@ -213,6 +223,13 @@ async def test_a_conversation_that_is_cancelled_is_ended() -> None:
         setting.cancel()
         await asyncio.wait({setting})
         assert setting.cancelled() and holes(region) == {0, 1, 2, 3} and not guest.balloon.busy
+
+
+async def test_a_forks_balloon_gives_back_and_is_never_punched() -> None:
+    guest = Guest(balloon=FakeBalloon(blocks=6))
+    balloon = Balloon(guest.ask, ElasticRegion(ADDRESS, BLOCKS * BLOCK_BYTES, None))
+    assert await balloon.set(4, 1.0) == Outcome(4) and len(guest.heard) == 1
+    assert await balloon.set(8, 1.0) == Outcome(8) and not guest.balloon.busy
 
 
 def test_a_region_that_blocks_do_not_fit_is_none() -> None:
