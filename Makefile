@@ -8,7 +8,7 @@ PROTOS := $(wildcard controlplane/api/v1/*.proto)
 C_FILES := $(shell git ls-files '*.c' '*.h' 2>/dev/null)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-quick soak-unique lint bench bench-sharing bench-start bench-clone bench-erofs bench-balloon-host bench-classes bench-pool bench-fork bench-fabric proto clean
+.PHONY: help setup demo test test-quick soak-unique lint bench bench-sharing bench-start bench-clone bench-erofs bench-balloon-host bench-classes bench-pool bench-fork bench-fabric bench-plan proto clean
 
 help: ## show this help
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -40,7 +40,7 @@ lint: setup ## ruff, strict mypy, clang-format
 	$(BIN)/mypy
 	clang-format --dry-run --Werror $(C_FILES)
 
-bench: bench-erofs bench-sharing bench-start bench-clone bench-balloon-host bench-classes bench-pool bench-fork bench-fabric ## every benchmark: a table and a JSON line each
+bench: bench-erofs bench-sharing bench-start bench-clone bench-balloon-host bench-classes bench-pool bench-fork bench-fabric bench-plan ## every benchmark: a table and a JSON line each
 
 bench-erofs: setup ## layer conversion against tar -x and mkfs.erofs
 	$(BIN)/python -m tests.bench.bench_erofs
@@ -66,8 +66,12 @@ bench-pool: setup ## a warm pool's claim against a clone, to the first byte of a
 bench-fork: setup ## 20 forks of a sandbox with 512 MiB in use: memory, and the first one against QEMU's ordinary restore
 	$(BIN)/python -m tests.bench.bench_fork
 
-bench-fabric: setup ## durable creates on etcd against puts and a bare echo; a leader that is killed, and one that is paused
+bench-fabric: setup ## durable creates on etcd against puts and a bare echo; a leader that is killed, and one that is paused; placement
 	$(BIN)/python -m tests.bench.bench_fabric
+	$(BIN)/python -m tests.bench.bench_placement
+
+bench-plan: setup ## the planner against SimPy, CloudSim Plus's figure, and a MILP's bound
+	$(BIN)/python -m tests.bench.bench_plan
 
 proto: setup ## generate the API's Python from the protos
 	$(BIN)/python -m grpc_tools.protoc -I. --plugin=protoc-gen-mypy=$(BIN)/protoc-gen-mypy \

@@ -51,6 +51,10 @@ def unfit_traits(demand: Demand, traits: Traits) -> Problem | None:
         return "TrustNotMet", "its CPUs run hyperthreads (SMT), and trust no-smt is asked", 0
     if rules.trust.kvm and traits.accel != "kvm":
         return "TrustNotMet", f"its guests run by {traits.accel or 'an unknown engine'}, and trust kvm is asked", 0
+    for name, amount in demand.guest_needs:
+        most = dict(traits.guest_limits).get(name, amount)
+        if amount > most:
+            return _short_of(name), f"{amount} {name.replace('_', ' ')} needed, a guest can have {most}", amount - most
     if traits.dedicated_to not in ("", demand.tenant):
         return "HasOtherTenants", "it is dedicated to another tenant", 0
     return None
@@ -94,9 +98,13 @@ def unfit_sizes(demand: Demand, host: HostFacts, policy: Policy) -> Problem | No
     for name, amount in demand.extras:
         if amount > host.limits.get(name, amount):
             words = name.replace("_", " ")
-            reason = "ShortOf" + "".join(word.capitalize() for word in name.split("_"))
-            return reason, f"{amount} {words} needed, {max(0, host.limits[name])} left", amount - host.limits[name]
+            text = f"{amount} {words} needed, {max(0, host.limits[name])} left"
+            return _short_of(name), text, amount - host.limits[name]
     return None
+
+
+def _short_of(name: str) -> str:
+    return "ShortOf" + "".join(word.capitalize() for word in name.split("_"))
 
 
 def _parts(demand: Demand, host: HostFacts, policy: Policy) -> str:

@@ -153,24 +153,26 @@ class Index(Hosts):
             return self._scanned(demand, rows)
         best: tuple[Found, Row] | None = None
         for cell in cells:
-            found = self._in_cell(demand, cell, shape, accept, best[0][0] if best else len(self.policy.levels) - 1)
+            found = self._in_cell(demand, cell, shape, accept, best[0] if best else None)
             if found is not None and (best is None or found[0] < best[0]):
                 best = found
         return None if best is None else best[1]
 
     def _in_cell(
-        self, demand: Demand, cell: Cell, shape: Shape, accept: Accept | None, worst_level: int
+        self, demand: Demand, cell: Cell, shape: Shape, accept: Accept | None, known: Found | None
     ) -> tuple[Found, Row] | None:
-        """The best of one cell, of a level no worse than `worst_level`."""
+        """The best of one cell, unless it is sure that `known` is better."""
         last = len(self.policy.levels) - 1
         own_mib = demand.charge_mib + cell.overhead_mib + demand.extra_mib
         more_mib = demand.ceiling_mib - demand.charge_mib
         image = (demand.tenant, demand.image_digest)
         holding = self.holding(image, cell)
-        for number in range(worst_level + 1):
+        for number in range(last + 1 if known is None else known[0] + 1):
             ceilings = self.policy.levels[number].ceilings and number != last
             for saved_mib, sets in shape.saved if self.policy.share else shape.saved[-1:]:
                 need_mib = own_mib + shape.total_mib - (saved_mib if self.policy.share else 0)
+                if known is not None and number == known[0] and need_mib > known[1]:
+                    return None
                 ceiling_mib = need_mib + more_mib if ceilings else NO_ROOM
                 for fetch in (False, True) if demand.fetchable else (False,):
                     fits = _fits(demand, image, fetch, accept)

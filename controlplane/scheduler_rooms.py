@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from controlplane.scheduler_rows import Row
 
-BLOCK = 128
+BLOCK = 16
+Entry = tuple[int, str, "Row"]
 
 
 class Rooms:
@@ -25,8 +26,8 @@ class Rooms:
         self.rows: set[Row] = set()
         self.stale: set[Row] = set()
         self._at: dict[Row, int] = {}  # the room under which a row stands in its block
-        self._blocks: list[list[tuple[int, str, Row]]] = []
-        self._most: list[tuple[list[int], int] | None] = []
+        self._blocks: list[list[Entry]] = []
+        self._most: list[_Most] = []
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -58,21 +59,17 @@ class Rooms:
             return None
         start = bisect_left(self._blocks[number], (need_mib, ""))
         while number < len(self._blocks):
-            block = self._blocks[number]
-            cpu_most, ceiling_most = self._most[number] or self._count(number)
-            if cpu_most[level] >= cpu_milli and ceiling_most >= ceiling_mib:
+            most = self._most[number]
+            if most.cpu_left[level] >= cpu_milli and most.uncommitted_mib >= ceiling_mib:
+                block = self._blocks[number]
                 for at in range(start, len(block)):
                     row = block[at][2]
                     if row.cpu_left[level] >= cpu_milli and row.uncommitted_mib >= ceiling_mib and fits(row):
                         return row
+                if most.loose:
+                    self._most[number] = _Most(block)
             number, start = number + 1, 0
         return None
-
-    def _count(self, number: int) -> tuple[list[int], int]:
-        rows = [entry[2] for entry in self._blocks[number]]
-        most = [max(left) for left in zip(*(row.cpu_left for row in rows), strict=True)]
-        counted = self._most[number] = (most, max(row.uncommitted_mib for row in rows))
-        return counted
 
     def _block_of(self, key: tuple[int, str]) -> int:
         """The first block whose last entry is not below `key`."""
@@ -99,7 +96,7 @@ class Rooms:
     def _sort(self) -> None:
         entries = sorted((row.room_mib, row.name, row) for row in self.rows)
         self._blocks = [entries[at : at + BLOCK] for at in range(0, len(entries), BLOCK)]
-        self._most = [None] * len(self._blocks)
+        self._most = [_Most(block) for block in self._blocks]
         self._at = {row: room for room, _, row in entries}
 
     def _take_out(self, row: Row) -> None:
@@ -107,7 +104,7 @@ class Rooms:
         number = self._block_of(key)
         block = self._blocks[number]
         del block[bisect_left(block, key)]
-        self._most[number] = None
+        self._most[number].loose = True
         if not block:
             del self._blocks[number], self._most[number]
 
@@ -115,12 +112,30 @@ class Rooms:
         self._at[row] = row.room_mib
         entry = (row.room_mib, row.name, row)
         if not self._blocks:
-            self._blocks, self._most = [[entry]], [None]
+            self._blocks, self._most = [[entry]], [_Most([entry])]
             return
         number = min(self._block_of(entry[:2]), len(self._blocks) - 1)
         block = self._blocks[number]
         insort(block, entry)
-        self._most[number] = None
+        self._most[number].add(row)
         if len(block) > 2 * BLOCK:
-            self._blocks[number : number + 1] = [block[:BLOCK], block[BLOCK:]]
-            self._most[number : number + 1] = [None, None]
+            halves = [block[:BLOCK], block[BLOCK:]]
+            self._blocks[number : number + 1] = halves
+            self._most[number : number + 1] = map(_Most, halves)
+
+
+class _Most:
+    """No row of a block has more than this. `loose`: perhaps none has so much any more."""
+
+    __slots__ = ("cpu_left", "loose", "uncommitted_mib")
+
+    def __init__(self, block: list[Entry]) -> None:
+        rows = [entry[2] for entry in block]
+        self.cpu_left = [max(left) for left in zip(*[row.cpu_left for row in rows], strict=True)]
+        self.uncommitted_mib = max([row.uncommitted_mib for row in rows])
+        self.loose = False
+
+    def add(self, row: Row) -> None:
+        """One more in the block."""
+        self.cpu_left = [left if left > most else most for left, most in zip(row.cpu_left, self.cpu_left, strict=True)]
+        self.uncommitted_mib = max(self.uncommitted_mib, row.uncommitted_mib)

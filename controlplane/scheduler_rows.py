@@ -37,10 +37,11 @@ class Cell:
 class Bundle:
     """Layers of one domain that always come together, as far as the images seen so far say. Splits, never merges."""
 
-    __slots__ = ("layers", "rooms")
+    __slots__ = ("layers", "rooms", "size_mib")
 
     def __init__(self, layers: frozenset[Layer]) -> None:
         self.layers = layers
+        self.size_mib = 0  # until a demand tells
         self.rooms: dict[Cell, Rooms] = {}  # the rows that map it
 
 
@@ -142,6 +143,7 @@ class Hosts:
         self._rows: dict[str, Row] = {}
         self._cells: dict[tuple[Traits, int], Cell] = {}
         self._bundle_of: dict[Layer, Bundle] = {}
+        self._sizes: dict[Layer, int] = {}  # MiB, of the layers that a demand told of
         self._holding: dict[Image, dict[Cell, Rooms]] = {}
         self._pooled: dict[Image, dict[str, Row]] = {}
         self._grouped: dict[Group, dict[str, Row]] = {}
@@ -239,26 +241,30 @@ class Hosts:
         self._ungroup(row)
         self._leave(row)
 
-    def assume(self, host: str, demand: Demand) -> None:
-        """The demand runs there from now on, as a sandbox that its host has not reported yet."""
+    def assume(self, host: str, demand: Demand, count: int = 1) -> None:
+        """So many of the demand run there from now on, as sandboxes that their host has not reported yet."""
         row = self._rows[host]
         bundles = self.shape(demand.domain, demand.layers).bundles
         missing_mib = 0
         for bundle, size_mib in bundles:
             if bundle not in row.bundles:
                 missing_mib += size_mib
-                self._map(row, bundle)
+                self._map(row, bundle, count)
             else:
-                row.bundles[bundle] += 1
+                row.bundles[bundle] += count
         if not self.policy.share:
-            missing_mib = sum(size_mib for _, size_mib in bundles)
+            missing_mib = count * sum(size_mib for _, size_mib in bundles)
+        self._take(row, demand, count, missing_mib)
+
+    def _take(self, row: Row, demand: Demand, count: int, shared_mib: int) -> None:
         own_mib = demand.charge_mib + row.capacity.vm_overhead_mib + demand.extra_mib
-        row.settling += 1
+        ceiling_mib = own_mib + demand.ceiling_mib - demand.charge_mib
+        row.settling += count
         for name, amount in demand.extras:
             if name in row.limits:
-                row.limits[name] -= amount
-        self._count(row, demand, 1)
-        row.move(own_mib, own_mib + demand.ceiling_mib - demand.charge_mib, missing_mib, demand.cpu_milli)
+                row.limits[name] -= count * amount
+        self._count(row, demand, count)
+        row.move(count * own_mib, count * ceiling_mib, shared_mib, count * demand.cpu_milli)
 
     def release(self, host: str, demand: Demand) -> None:
         """The opposite: what was assumed there has ended."""
@@ -272,13 +278,7 @@ class Hosts:
                 self._unmap(row, bundle)
         if not self.policy.share:
             freed_mib = sum(size_mib for _, size_mib in bundles)
-        own_mib = demand.charge_mib + row.capacity.vm_overhead_mib + demand.extra_mib
-        row.settling -= 1
-        for name, amount in demand.extras:
-            if name in row.limits:
-                row.limits[name] += amount
-        self._count(row, demand, -1)
-        row.move(-own_mib, -(own_mib + demand.ceiling_mib - demand.charge_mib), -freed_mib, -demand.cpu_milli)
+        self._take(row, demand, -1, -freed_mib)
 
     def _count(self, row: Row, demand: Demand, more: int) -> None:
         group = (demand.tenant, demand.group)
@@ -329,6 +329,9 @@ class Hosts:
         if shape is None:
             sizes = {(domain, layer.digest): layer_mib(layer) for layer in layers}
             bundles = tuple((b, sum(map(sizes.__getitem__, b.layers))) for b in self._bundles(frozenset(sizes)))
+            self._sizes.update(sizes)
+            for bundle, size_mib in bundles:
+                bundle.size_mib = size_mib
             shape = self._shapes[domain, layers] = Shape(sum(sizes.values()), bundles, _saved(bundles))
         return shape
 
@@ -357,6 +360,8 @@ class Hosts:
     def _split(self, bundle: Bundle, part: frozenset[Layer]) -> Bundle:
         bundle.layers -= part
         fresh = self._new(part)
+        for half in (bundle, fresh):
+            half.size_mib = sum(self._sizes.get(layer, 0) for layer in half.layers)
         for rooms in bundle.rooms.values():
             for row in rooms:
                 self._map(row, fresh, row.bundles[bundle])

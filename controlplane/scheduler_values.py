@@ -71,6 +71,7 @@ class Demand:
     expected_mib: int = 0
     extra_mib: int = 0  # what it costs beside charge and overhead: page tables of what it maps
     extras: tuple[tuple[str, int], ...] = ()  # of the host's counted things (files, pids), how many it takes
+    guest_needs: tuple[tuple[str, int], ...] = ()  # of what one guest can have on the host, how much it needs
     share_domain: str = ""  # empty: its tenant's own
     fetchable: bool = False  # a host without the image may get it from elsewhere, or its checkpoint kept the layers
 
@@ -125,6 +126,7 @@ class Traits:
     accel: str
     smt: bool
     dedicated_to: str
+    guest_limits: tuple[tuple[str, int], ...] = ()
 
     @property
     def takes_new(self) -> bool:
@@ -171,7 +173,7 @@ class HostState:
     there; `mapped_mib`: the layers they map, each once; `unsettled_mib`: what the host's last report of available
     memory cannot know yet; `settling`: how many sandboxes that are, any of which may have claimed a member that the
     report still calls ready; `ceilings_mib`: ceilings and overhead; `limits`: what is left of things that are
-    counted."""
+    counted; `guest_limits`: how much of a thing one guest can have."""
 
     name: str
     ready: bool
@@ -195,13 +197,15 @@ class HostState:
     groups: Mapping[Group, int] = field(default_factory=dict)
     tenants: frozenset[str] = frozenset()
     limits: Mapping[str, int] = field(default_factory=dict)
+    guest_limits: tuple[tuple[str, int], ...] = ()
 
     @property
     def traits(self) -> Traits:
         """See Traits."""
         return Traits(
-            self.ready, self.cordoned, self.classes, self.labels, self.taints, self.accel, self.smt, self.dedicated_to
-        )
+            self.ready, self.cordoned, self.classes, self.labels, self.taints, self.accel, self.smt, self.dedicated_to,
+            self.guest_limits,
+        )  # fmt: skip
 
     @property
     def crowded_for(self) -> str | None:

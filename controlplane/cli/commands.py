@@ -17,6 +17,10 @@ from controlplane.cli import (
     images,
     join,
     logs,
+    plan,
+    planreplay,
+    planrightsize,
+    planwhatif,
     pools,
     resize,
     run,
@@ -81,6 +85,10 @@ ALL: tuple[AnyCommand, ...] = (
     contextcommands.ADD,
     contextcommands.RM,
     events.COMMAND,
+    plan.COMMAND,
+    planreplay.COMMAND,
+    planrightsize.COMMAND,
+    planwhatif.COMMAND,
     version.COMMAND,
 )
 
