@@ -64,14 +64,13 @@ def add_state(parser: argparse.ArgumentParser, *, sizes: bool = True) -> None:
             "--memory", default="", metavar="MIN:MAX", help="of an image that is named instead of a class"
         )
         parser.add_argument("--cpus", default="1", metavar="N", help="of an image that is named instead of a class")
-        parser.add_argument("--tenant", default="default", help="whose sandbox it would be")
 
 
 def parse_state(namespace: argparse.Namespace) -> StateOptions:
     """What add_state added."""
     return StateOptions(
         namespace.cluster, namespace.calibration, getattr(namespace, "memory", ""), getattr(namespace, "cpus", "1"),
-        getattr(namespace, "tenant", "default"),
+        namespace.tenant or "default",
     )  # fmt: skip
 
 
