@@ -23,7 +23,7 @@ from controlplane.admission import Admission
 from controlplane.errors import AlreadyExists, Conflict, Exhausted, Invalid, NotFound, OperationError, StoreError
 from controlplane.images import Images
 from controlplane.leadership import Leadership
-from controlplane.model import Checkpoint, DesiredState, LayerSize, Phase, Sandbox, SandboxStatus
+from controlplane.model import Checkpoint, DesiredState, LayerSize, Phase, Sandbox, SandboxSpec, SandboxStatus
 from controlplane.quotas import UNBOUNDED, require_within
 from controlplane.records import Records, stored_sandbox
 from controlplane.requests import Creation, UsedRequest
@@ -103,21 +103,23 @@ class Creator:
             raise Invalid("spec.process.argv", text, reason="NoCommand")
         self._tenants.require_class(tenant, spec.sandbox_class)
         layers = tuple(LayerSize(layer.digest, layer.size_bytes) for layer in image.layers)
-        wanted = self._wanted(tenant, replace(asked, spec=spec), layers, attempt)
+        wanted = self._wanted(tenant, asked.name, spec, layers, attempt)
         return await self._record(wanted, asked, attempt, [Expect(keys.image(tenant, image.name), image.revision)])
 
     async def _create_on_once(self, checkpoint: Checkpoint, asked: Creation, attempt: int) -> Sandbox:
-        wanted = self._wanted(checkpoint.tenant, asked, checkpoint.layers, attempt)
+        wanted = self._wanted(checkpoint.tenant, asked.name, asked.spec, checkpoint.layers, attempt)
         return await self._record(replace(wanted, only_host=checkpoint.host), asked, attempt, [])
 
-    def _wanted(self, tenant: str, asked: Creation, layers: tuple[LayerSize, ...], attempt: int) -> Sandbox:
+    def _wanted(
+        self, tenant: str, name: str, spec: SandboxSpec, layers: tuple[LayerSize, ...], attempt: int
+    ) -> Sandbox:
         return Sandbox(
-            name=asked.name or names.made_up(secrets.randbelow, attempt),
+            name=name or names.made_up(secrets.randbelow, attempt),
             uid=secrets.token_hex(8),
             tenant=tenant,
-            spec=asked.spec,
+            spec=spec,
             created_at_s=self._now_s(),
-            vcpus=asked.spec.resources.vcpus,
+            vcpus=spec.resources.vcpus,
             layers=layers,
         )
 
@@ -222,7 +224,7 @@ class Creator:
 
 
 def _digest_of(asked: Creation) -> str:
-    return hashlib.sha256(codec.encode(replace(asked, validate_only=False, request_id=""))).hexdigest()
+    return hashlib.sha256(codec.encode(Creation(asked.name, asked.spec))).hexdigest()
 
 
 def _told_placed(sandbox: Sandbox) -> tuple[str, str]:

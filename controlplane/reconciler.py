@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable
 
 from controlplane import codec, events, keys, lifecycle
 from controlplane.api.v1 import hosts_pb2
@@ -37,7 +37,8 @@ GATHER_S = 0.02
 IMAGES_GATHER_S = 0.5
 """The same for images, which nobody waits for and which are looked at as a whole."""
 
-PLACED_AT_ONCE = 256
+PLACED_AT_ONCE, GIVEN_UP_AT_ONCE = 256, 64
+REQUESTS_S, READ_RECORDS = 3600.0, 500
 HOUSE_S = 60.0
 REQUEST_KEPT_S = 24 * 3600.0
 FORGET_DEADLINE_S = 20.0
@@ -60,9 +61,11 @@ class Reconciler:
         self._now_s, self._clock_s = now_s, clock_s
         self._lost_since_s: dict[str, float] = {}
         self._marks: list[tuple[float, int]] = []
+        self._requests_due_s = 0.0
 
     async def run(self) -> None:
-        """Until cancelled."""
+        """Until cancelled. Begins with nothing remembered: while another one led, or nobody, hosts came and went."""
+        self._lost_since_s.clear()
         async with asyncio.TaskGroup() as group:
             group.create_task(
                 self._rounds(self._lost_hosts, self._orphans, self._drains.step, self._pending), name="reconciler"
@@ -118,10 +121,7 @@ class Reconciler:
         waiting.sort(key=lambda s: (s.created_at_s, s.uid))
         for at in range(0, len(waiting), PLACED_AT_ONCE):
             batch = [s for s in waiting[at : at + PLACED_AT_ONCE] if self._view.sandboxes.get(s.uid) is s]
-            placing = [self._sandboxes.place_pending(sandbox) for sandbox in batch]
-            for outcome in await asyncio.gather(*placing, return_exceptions=True):
-                if isinstance(outcome, BaseException) and not isinstance(outcome, Conflict):
-                    raise outcome
+            await _each(self._sandboxes.place_pending(sandbox) for sandbox in batch)
 
     # Lost hosts.
 
@@ -140,13 +140,16 @@ class Reconciler:
         """Sandboxes of hosts that are lost for longer than the grace, or that nobody will ever remove."""
         due = self._gone()
         on_lost = [sandbox for name in sorted(due) for sandbox in self._view.on_host(name)]
+        given_up: list[Sandbox] = []
         for sandbox in {s.uid: s for s in [*on_lost, *self._open_ends()]}.values():
             lost = sandbox.host in due
             ended = sandbox.status.phase in lifecycle.ENDED
             left_over = not sandbox.host and ended and sandbox.spec.remove_on_exit
             removable = sandbox.desired is DesiredState.REMOVED and (not sandbox.host or (lost or self._away(sandbox)))
             if (lost and not ended) or removable or left_over:
-                await self._give_up(sandbox)
+                given_up.append(sandbox)
+        for at in range(0, len(given_up), GIVEN_UP_AT_ONCE):
+            await _each(self._give_up(sandbox) for sandbox in given_up[at : at + GIVEN_UP_AT_ONCE])
 
     def _gone(self) -> set[str]:
         """Hosts that are not to be waited for: lost for longer than the grace, or removed."""
@@ -197,15 +200,18 @@ class Reconciler:
         await self._compact()
 
     async def _drop_requests(self) -> None:
-        page = await self._store.page(keys.REQUESTS)
-        oldest_s = self._now_s() - REQUEST_KEPT_S
-        old = [
-            record.key
-            for record in page.records
-            if codec.decode(UsedRequest, record.value, record.key).used_at_s < oldest_s
-        ]
-        if old:
-            await self._store.commit([Delete(key) for key in old])
+        """Looks through all of them, so not at every round."""
+        if self._clock_s() < self._requests_due_s:
+            return
+        oldest_s, after, more = self._now_s() - REQUEST_KEPT_S, "", True
+        while more:
+            page = await self._store.page(keys.REQUESTS, after=after, limit=READ_RECORDS)
+            used = [(codec.decode(UsedRequest, record.value, record.key), record.key) for record in page.records]
+            old = [Delete(key) for request, key in used if request.used_at_s < oldest_s]
+            if old:
+                await self._store.commit(old)
+            more, after = page.more, used[-1][1] if used else ""
+        self._requests_due_s = self._clock_s() + REQUESTS_S
 
     async def _compact(self) -> None:
         """Keeps `history_s` of history: compacts to the newest revision that was seen that long ago."""
@@ -215,3 +221,10 @@ class Reconciler:
         if old:
             await self._store.compact(old[-1][1])
             self._marks = [mark for mark in self._marks if mark[0] > old[-1][0]]
+
+
+async def _each(steps: Iterable[Awaitable[object]]) -> None:
+    """All of them at once. A lost race is no error: the next round sees what is now. Raises the first real one."""
+    for outcome in await asyncio.gather(*steps, return_exceptions=True):
+        if isinstance(outcome, BaseException) and not isinstance(outcome, Conflict):
+            raise outcome

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import gc
 import json
 import logging
 import signal
@@ -74,6 +75,8 @@ from controlplane.view import View
 log = logging.getLogger("sandloom.controlplane")
 
 STOP_GRACE_S = 2.0
+GC_THRESHOLDS = (50_000, 20, 50)
+"""The view is many long-lived values without cycles: looking through all of them as often as Python does costs much."""
 SERVICES = (
     sandboxes_pb2.DESCRIPTOR.services_by_name["Sandboxes"].full_name,
     images_pb2.DESCRIPTOR.services_by_name["Images"].full_name,
@@ -232,6 +235,7 @@ def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="sandloom-controlplane", description="the control plane of sandloom")
     parser.add_argument("--config", type=Path, required=True, metavar="FILE", help="TOML; see controlplane/config.py")
     options = parser.parse_args(arguments)
+    gc.set_threshold(*GC_THRESHOLDS)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     try:
         asyncio.run(serve(load(options.config)))

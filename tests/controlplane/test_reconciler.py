@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -94,3 +95,16 @@ async def test_a_step_that_fails_is_logged_and_done_again(tmp_path: Path, caplog
         await reconciler._tried(_fails)
         assert len(tries) == 2
         assert "fails: disk full" in caplog.text
+
+
+async def test_a_new_term_begins_with_nothing_remembered(tmp_path: Path) -> None:
+    """A host that was lost before this replica led last may have been back all the while since."""
+    async with keeping(tmp_path / "s.db", Clock()) as (_, _, reconciler):
+        reconciler._lost_since_s["h1"] = 0.0
+        term = asyncio.create_task(reconciler.run())
+        async with asyncio.timeout(60):
+            while reconciler._lost_since_s:
+                await asyncio.sleep(0)
+        term.cancel()
+        await asyncio.gather(term, return_exceptions=True)
+        assert reconciler._lost_since_s == {}
