@@ -8,7 +8,7 @@ PROTOS := $(wildcard controlplane/api/v1/*.proto)
 C_FILES := $(shell git ls-files '*.c' '*.h' 2>/dev/null)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-quick soak-unique lint bench bench-sharing bench-start bench-clone bench-erofs bench-balloon-host bench-classes bench-pool bench-fork bench-fabric bench-plan proto clean
+.PHONY: help setup demo test test-quick soak-unique lint bench bench-sharing bench-start bench-clone bench-erofs bench-balloon-host bench-classes bench-pool bench-fork bench-fabric bench-scale bench-plan proto clean
 
 help: ## show this help
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -67,11 +67,13 @@ bench-fork: setup ## 20 forks of a sandbox with 512 MiB in use: memory, and the 
 	$(BIN)/python -m tests.bench.bench_fork
 
 bench-fabric: setup ## durable creates on etcd against puts and a bare echo; a leader that is killed, and one that is paused; placement
-	$(BIN)/python -m tests.bench.bench_fabric
-	$(BIN)/python -m tests.bench.bench_placement
+	@$(BIN)/python -m tests.bench.bench_fabric; fabric=$$?; $(BIN)/python -m tests.bench.bench_placement && exit $$fabric
 
 bench-plan: setup ## the planner against SimPy, CloudSim Plus's figure, and a MILP's bound
 	$(BIN)/python -m tests.bench.bench_plan
+
+bench-scale: setup ## 10,000 simulated hosts and 200,000 sandboxes on one control plane and etcd: correct, and at what cost
+	$(BIN)/python -m tests.bench.bench_scale
 
 proto: setup ## generate the API's Python from the protos
 	$(BIN)/python -m grpc_tools.protoc -I. --plugin=protoc-gen-mypy=$(BIN)/protoc-gen-mypy \

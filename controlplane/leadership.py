@@ -94,6 +94,9 @@ class Elected:
             except (ControlPlaneError, TimeoutError) as error:
                 log.warning("replica %s: %s", self._name, error)
                 await asyncio.sleep(RETRY_S)
+            except Exception:  # a bug; a fabric without a leader would be worse than one that tries again
+                log.exception("replica %s: the leader's work failed", self._name)
+                await asyncio.sleep(RETRY_S)
 
     async def _campaign(self) -> int:
         """Waits until nobody leads and wins; the lease that the leadership is held by."""

@@ -84,6 +84,7 @@ def wish(name: str) -> sandboxes_pb2.CreateSandboxRequest:
         image=IMAGE,
         resources=sandboxes_pb2.Resources(memory_min_mib=32, memory_max_mib=256, cpu_milli=10),
         process=sandboxes_pb2.Process(argv=["sleep", "1000"]),
+        restart=sandboxes_pb2.RESTART_ON_HOST_LOSS,
     )
     return sandboxes_pb2.CreateSandboxRequest(name=name, spec=spec, request_id=f"r-{name}")
 

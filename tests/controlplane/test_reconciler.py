@@ -103,7 +103,7 @@ async def test_a_new_term_begins_with_nothing_remembered(tmp_path: Path) -> None
         reconciler._lost_since_s["h1"] = 0.0
         term = asyncio.create_task(reconciler.run())
         async with asyncio.timeout(60):
-            while reconciler._lost_since_s:
+            while reconciler._lost_since_s:  # noqa: ASYNC110
                 await asyncio.sleep(0)
         term.cancel()
         await asyncio.gather(term, return_exceptions=True)
