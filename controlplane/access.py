@@ -27,7 +27,7 @@ TABLE: Mapping[str, frozenset[Role]] = {
         "StopSandbox", "DeleteSandbox", "AttachSandbox", "ExecSandbox", "GetLogs", "GetSharingLedger", "WatchEvents",
         "ExplainSandbox",
     ),
-    **_all("Images", USERS, "ImportImage", "GetImage", "ListImages", "DeleteImage"),
+    **_all("Images", USERS, "ImportImage", "PullImage", "GetImage", "ListImages", "DeleteImage"),
     **_all("Pools", USERS, "CreatePool", "GetPool", "ListPools", "ResizePool", "DeletePool"),
     **_all(
         "Checkpoints", USERS, "CreateCheckpoint", "ListCheckpoints", "DeleteCheckpoint", "RestoreCheckpoint",
@@ -41,6 +41,7 @@ TABLE: Mapping[str, frozenset[Role]] = {
     ),
     **_all(
         "HostSync", HOSTS, "ReportHost", "WatchAssignments", "WatchPools", "ReportSandbox", "RecordEvent",
+        "LocateImage", "ReportImage",
     ),
 }  # fmt: skip
 """By the method's full name, as gRPC has it."""

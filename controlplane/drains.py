@@ -11,7 +11,7 @@ import logging
 from collections.abc import Callable
 from dataclasses import replace
 
-from controlplane import codec, membership, scheduler, transitions
+from controlplane import codec, membership, placing, scheduler, transitions
 from controlplane.errors import Conflict
 from controlplane.membership import DrainPlan, Standing
 from controlplane.model import DesiredState, Sandbox
@@ -37,7 +37,7 @@ class Drains:
         others = [state for state in view.survey() if state.name != host]
 
         def has_room(sandbox: Sandbox) -> bool:
-            return scheduler.place(scheduler.Demand.of(sandbox), others).placement is not None
+            return scheduler.place(placing.demand_on(view, sandbox), others).placement is not None
 
         return membership.plan_drain(view.on_host(host), len(view.leaving(host)), MOVING_AT_ONCE, has_room)
 

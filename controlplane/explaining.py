@@ -44,7 +44,10 @@ def explain(
     others = states
     if sandbox.host:  # what it takes itself must not stand in its own way
         others = [state for state in states if state.name != sandbox.host]
-    verdicts = verdicts_of(scheduler.demand_of(sandbox), others, policy)
+    demand = scheduler.demand_of(sandbox)
+    wanted = (demand.tenant, demand.image_digest)
+    held = not sandbox.only_host and any(state.ready and wanted in state.images for state in states)
+    verdicts = verdicts_of(replace(demand, fetchable=held), others, policy)
     refusals = [verdict.refusal for verdict in verdicts if verdict.refusal is not None]
     fitting = len(verdicts) - len(refusals)
     refused = tuple(sorted(scheduler.by_reason(refusals).items(), key=lambda item: (-item[1], item[0])))

@@ -11,11 +11,17 @@ from controlplane.scheduler import Decision, Demand, Placement
 from controlplane.view import View
 
 
+def demand_on(view: View, sandbox: Sandbox) -> Demand:
+    """What a sandbox asks of the hosts that there are: one that lacks its image may fetch it from one that has it."""
+    demand = scheduler.demand_of(sandbox)
+    return replace(demand, fetchable=not sandbox.only_host and view.is_held(demand.tenant, demand.image_digest))
+
+
 def placed(view: View, sandbox: Sandbox) -> Sandbox:
     """The sandbox placed; PENDING when it may wait. Exhausted with numbers. One that has an `only_host` goes there or
     nowhere, and does not wait."""
     only = sandbox.only_host
-    demand = scheduler.demand_of(sandbox)
+    demand = demand_on(view, sandbox)
     decision = _decide(view, demand, only)
     if decision.placement is not None:
         return assigned(view, sandbox, demand, decision.placement)
@@ -55,4 +61,4 @@ def still_hopeless(view: View, sandbox: Sandbox) -> bool:
     """Whether a PENDING sandbox that was told why has nowhere to go still: cheap, for it does not ask every host."""
     if sandbox.only_host:
         return False
-    return bool(sandbox.status.reason) and view.census.index().place(scheduler.demand_of(sandbox)) is None
+    return bool(sandbox.status.reason) and view.census.index().place(demand_on(view, sandbox)) is None

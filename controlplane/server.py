@@ -44,6 +44,7 @@ from controlplane.api.v1 import (
 from controlplane.ca import Authority
 from controlplane.checkpoints import Checkpoints
 from controlplane.config import Config, load
+from controlplane.distribution import Distribution
 from controlplane.drains import Drains
 from controlplane.errors import ConfigError, ControlPlaneError
 from controlplane.events import EventLog
@@ -110,6 +111,7 @@ class ControlPlane:
         self.registry = Registry(store, self.view, self.images, config.lease_s)
         authority = Authority.load(config.ca_dir) if config.ca_dir else None
         self.joining = Joining(store, self.registry, authority)
+        self.distribution = Distribution(store, self.view, links)
         self.drains = Drains(store, self.view, self.records, self.registry)
         self.reconciler = self._reconciler()
         self.locator = Locator(self.records, self.view)
@@ -147,7 +149,7 @@ class ControlPlane:
             HostsService(self.gate, self.store, self.registry, self.view, self.drains, self.joining), server
         )
         hosts_pb2_grpc.add_HostSyncServicer_to_server(
-            HostSyncService(self.gate, self.view, self.registry, self.reports, self.event_log),
+            HostSyncService(self.gate, self.view, self.registry, self.reports, self.event_log, self.distribution),
             server,
         )
         checkpoints_pb2_grpc.add_CheckpointsServicer_to_server(CheckpointsService(self.gate, self.checkpoints), server)

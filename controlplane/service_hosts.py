@@ -9,6 +9,7 @@ from contextlib import aclosing
 
 from controlplane import keys, watching
 from controlplane.api.v1 import hosts_pb2, hosts_pb2_grpc, pools_pb2, sandboxes_pb2
+from controlplane.distribution import Distribution
 from controlplane.drains import Drains
 from controlplane.edge import hosts as edge
 from controlplane.edge import news
@@ -101,10 +102,11 @@ class HostSyncService(hosts_pb2_grpc.HostSyncServicer):
 
     def __init__(
         self, gate: Gate, view: View, registry: Registry, reports: Reports, event_log: EventLog,
-        *, now_s: Callable[[], float] = time.time,
+        distribution: Distribution, *, now_s: Callable[[], float] = time.time,
     ) -> None:  # fmt: skip
         self._gate, self._view, self._registry = gate, view, registry
         self._reports, self._events, self._now_s = reports, event_log, now_s
+        self._distribution = distribution
 
     async def ReportHost(self, request: hosts_pb2.ReportHostRequest, context: Context) -> hosts_pb2.ReportHostResponse:
         """See hosts.proto."""
@@ -142,6 +144,28 @@ class HostSyncService(hosts_pb2_grpc.HostSyncServicer):
             _require_itself(caller, request.host)
             await self._reports.take(sandbox_edge.parse_report(request))
             return hosts_pb2.ReportSandboxResponse()
+
+    async def LocateImage(
+        self, request: hosts_pb2.LocateImageRequest, context: Context
+    ) -> hosts_pb2.LocateImageResponse:
+        """See hosts.proto."""
+        async with self._gate.admit(context) as caller:
+            _require_itself(caller, request.host)
+            sources = await self._distribution.locate(request.host, request.tenant, request.digest)
+            return hosts_pb2.LocateImageResponse(
+                sources=[
+                    hosts_pb2.ImageSource(host=one.host, address=one.address, ticket=one.ticket) for one in sources
+                ]
+            )
+
+    async def ReportImage(
+        self, request: hosts_pb2.ReportImageRequest, context: Context
+    ) -> hosts_pb2.ReportImageResponse:
+        """See hosts.proto."""
+        async with self._gate.admit(context) as caller:
+            _require_itself(caller, request.host)
+            await self._distribution.fetched(request.host, request.tenant, request.digest)
+            return hosts_pb2.ReportImageResponse()
 
     async def RecordEvent(
         self, request: hosts_pb2.RecordEventRequest, context: Context

@@ -12,11 +12,11 @@ from controlplane.api.v1 import images_pb2, images_pb2_grpc
 from controlplane.edge import hosts as edge
 from controlplane.edge.sandboxes import MAX_WORDS
 from controlplane.errors import Denied, Invalid, NotFound
-from controlplane.gate import Context, Gate
+from controlplane.gate import Caller, Context, Gate
 from controlplane.images import Images
 from controlplane.listing import list_page
-from controlplane.model import Image
-from controlplane.relay import HostLinks, relay
+from controlplane.model import Host, Image
+from controlplane.relay import HostLinks, answers, relay
 from controlplane.store.contract import Store
 from controlplane.view import View
 
@@ -41,20 +41,44 @@ class ImagesService(images_pb2_grpc.ImagesServicer):
         async with self._gate.admit(context, stream=True) as caller:
             start = await _start_of(request_iterator)
             name = edge.parse_image_name(start.name, "start.name")
-            if start.host and not caller.is_operator:
-                raise Denied("OperatorOnly", "only an operator chooses the host that an image goes to: leave it out")
-            self._images.require_name(caller.tenant, name)
-            host = self._images.host_for_import(start.host)
+            host = self._host_for(caller, start.host, name)
             stub = await self._links.stub(host)
             first = images_pb2.ImportImageRequest(start=start)
             first.start.tenant, first.start.host = caller.tenant, host.name
             async with aclosing(relay(stub.Import, first, _chunks(request_iterator), host.name)) as responses:
                 async for response in responses:
-                    if response.WhichOneof("output") == "image":
-                        image = edge.parse_image(response.image, name=name, tenant=caller.tenant)
-                        bound = await self._images.bind(image, host.name)
-                        response = images_pb2.ImportImageResponse(image=self._rendered(bound))
-                    yield response
+                    yield await self._bound(response, name, caller.tenant, host.name)
+
+    async def PullImage(
+        self, request: images_pb2.PullImageRequest, context: Context
+    ) -> AsyncIterator[images_pb2.ImportImageResponse]:
+        """See images.proto."""
+        async with self._gate.admit(context, stream=True) as caller:
+            name = edge.parse_image_name(request.name, "name")
+            host = self._host_for(caller, request.host, name)
+            asked = images_pb2.PullImageRequest(
+                reference=edge.parse_registry_reference(request.reference), tenant=caller.tenant, host=host.name
+            )
+            stub = await self._links.stub(host)
+            async with aclosing(answers(stub.Pull(asked), host.name)) as responses:
+                async for response in responses:
+                    yield await self._bound(response, name, caller.tenant, host.name)
+
+    def _host_for(self, caller: Caller, wanted: str, name: str) -> Host:
+        """Where an image goes; only an operator chooses. Exhausted when the tenant may have no more of them."""
+        if wanted and not caller.is_operator:
+            raise Denied("OperatorOnly", "only an operator chooses the host that an image goes to: leave it out")
+        self._images.require_name(caller.tenant, name)
+        return self._images.host_for_import(wanted)
+
+    async def _bound(
+        self, response: images_pb2.ImportImageResponse, name: str, tenant: str, host: str
+    ) -> images_pb2.ImportImageResponse:
+        """What a host answered, with the image bound to its name once it is there."""
+        if response.WhichOneof("output") != "image":
+            return response
+        image = edge.parse_image(response.image, name=name, tenant=tenant)
+        return images_pb2.ImportImageResponse(image=self._rendered(await self._images.bind(image, host)))
 
     async def GetImage(self, request: images_pb2.GetImageRequest, context: Context) -> images_pb2.Image:
         """See images.proto."""

@@ -79,6 +79,7 @@ class View:
         self.open_ends: set[str] = set()  # uids of sandboxes that the reconciler may have to do something for
         self._leaving: dict[str, dict[str, Sandbox]] = {}
         self._by_host: dict[str, dict[str, Sandbox]] = {}
+        self._holders: dict[tuple[str, str], set[str]] = {}  # hosts by tenant and digest
         self._held: dict[str, dict[str, Residency]] = {}  # by host and key
         self.census = Census(self._host_state)
         self.images: dict[str, Image] = {}  # by key
@@ -212,8 +213,11 @@ class View:
 
     def holders(self, tenant: str, digest: str) -> list[str]:
         """The hosts that hold a tenant's image."""
-        prefix = keys.residency(tenant, digest, "")
-        return sorted(held.host for key, held in self.residency.items() if key.startswith(prefix))
+        return sorted(self._holders.get((tenant, digest), ()))
+
+    def is_held(self, tenant: str, digest: str) -> bool:
+        """Whether a host whose lease holds has a tenant's image, so that another one may fetch it."""
+        return not self.alive.isdisjoint(self._holders.get((tenant, digest), ()))
 
     async def _load(self) -> None:
         """Replaces everything by one revision of the store."""
@@ -233,7 +237,7 @@ class View:
         self.alive.clear()
         self.lost.clear()
         before, self.sandboxes = self.sandboxes, {}
-        for index in (self._by_host, self._by_tenant, self._leaving, self._held):
+        for index in (self._by_host, self._by_tenant, self._leaving, self._held, self._holders):
             index.clear()
         self.census.clear()
         self.open_ends.clear()
@@ -279,6 +283,7 @@ class View:
             elif key.startswith(keys.RESIDENCY):
                 held = codec.decode(Residency, value, key)
                 self.residency[key] = self._held.setdefault(held.host, {})[key] = held
+                self._holders.setdefault((held.tenant, held.digest), set()).add(held.host)
                 self.census.touch(held.host)
         except BadState as error:  # one bad record must not blind the control plane to all the others
             log.error("%s", error)
@@ -320,6 +325,7 @@ class View:
             self.pools.pop(key, None)
             held = self.residency.pop(key, None)
             if held is not None:
+                self._holders[held.tenant, held.digest].discard(held.host)
                 there = self._held[held.host]
                 del there[key]
                 if not there:

@@ -1,4 +1,5 @@
-"""Who may call a host: only the control plane, known by the SAN of its certificate. Everything else is refused.
+"""Who may call a host: the control plane, known by the SAN of its certificate; other hosts where it is for them
+(HostPeers). Everything else is refused.
 
 TLS has already checked that the certificate is of this fabric's CA; this is about whose it is. The check runs before
 a handler sees the call, whatever service it belongs to, so that no RPC can be forgotten.
@@ -24,14 +25,21 @@ else:
     Base = grpc.aio.ServerInterceptor
 
 
-def refusal(auth_context: Any) -> Failure | None:
-    """Why the peer may not call; None when it may. DENIED for another role, UNAUTHENTICATED for no identity."""
+PEERS = "/sandloom.v1.HostPeers/"
+"""The methods that hosts call, and nobody else."""
+
+
+def refusal(auth_context: Any, role: Role = Role.CONTROLPLANE) -> Failure | None:
+    """Why the peer, who must be of `role`, may not call; None when it may. DENIED for another role, UNAUTHENTICATED
+    for no identity."""
     try:
         identity = peer_identity(auth_context)
     except IdentityError as error:
         return Failure(Condition.UNAUTHENTICATED, "NoIdentity", str(error))
-    if identity.role is Role.CONTROLPLANE:
+    if identity.role is role:
         return None
+    if role is Role.HOST:
+        return Failure(Condition.DENIED, "NotHost", f"{identity} may not call this; only other hosts may")
     message = f"{identity} may not call a host; only the control plane may: ask it instead"
     return Failure(Condition.DENIED, "NotControlPlane", message)
 
@@ -46,15 +54,16 @@ class OnlyControlPlane(Base):
     ) -> Handler:
         """The handler behind the check. A method that nobody serves stays None (UNIMPLEMENTED)."""
         handler = await continuation(handler_call_details)
-        return handler if handler is None else _guarded(handler)
+        role = Role.HOST if str(handler_call_details.method).startswith(PEERS) else Role.CONTROLPLANE
+        return handler if handler is None else _guarded(handler, role)
 
 
-def _guarded(handler: Handler) -> Handler:
+def _guarded(handler: Handler, role: Role) -> Handler:
     if handler.unary_unary or handler.stream_unary:
         inner: Any = handler.unary_unary or handler.stream_unary
 
         async def single(request: Any, context: Context) -> Any:
-            await _check(context)
+            await _check(context, role)
             return await inner(request, context)
 
         build = grpc.unary_unary_rpc_method_handler if handler.unary_unary else grpc.stream_unary_rpc_method_handler
@@ -63,7 +72,7 @@ def _guarded(handler: Handler) -> Handler:
     streaming: Any = handler.unary_stream or handler.stream_stream
 
     async def many(request: Any, context: Context) -> Any:
-        await _check(context)
+        await _check(context, role)
         async for response in streaming(request, context):
             yield response
 
@@ -71,7 +80,7 @@ def _guarded(handler: Handler) -> Handler:
     return build(many, handler.request_deserializer, handler.response_serializer)
 
 
-async def _check(context: Context) -> None:
-    failure = refusal(context.auth_context())
+async def _check(context: Context, role: Role) -> None:
+    failure = refusal(context.auth_context(), role)
     if failure is not None:
         await abort(context, failure)

@@ -13,6 +13,8 @@ network_nat = false                 whether they reach beyond it under the host'
 elastic_pages = "auto" | "small"    what elastic memory stands on: huge pages where this host can, or 4 KiB ones
 init_on_alloc = "on" | "off"        whether guest kernels clear each page they give out (Debian's default); off makes
                                     taking memory back some 20 times as fast under TCG
+registries = ["r.example:5000"]     the registries that images are pulled from; none unless named, "*" is any
+plain_registries                    those of them whose TLS is not verified, or that have none
 boot_deadline_s                     how long a guest may take to its agent's first answer
 """
 
@@ -59,6 +61,8 @@ class Config:
     cgroup: str = SLICE
     boot_deadline_s: float = 120.0
     scrub_interval_s: float = 86_400.0
+    registries: tuple[str, ...] = ()
+    plain_registries: tuple[str, ...] = ()
     labels: tuple[str, ...] = ()
     taints: tuple[str, ...] = ()
     network_cidr: str = "10.213.0.0/16"

@@ -38,6 +38,12 @@ class ImageMissing(HostdError):
     reason = "ImageMissing"
 
 
+class NotAdmitted(HostdError):
+    """Whoever asks may not have it from here: the message says what would have to change."""
+
+    reason = "NotAdmitted"
+
+
 class KernelMissing(HostdError):
     """No guest kernel could be had: the message says which package and how to get it."""
 

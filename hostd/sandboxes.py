@@ -8,11 +8,12 @@ Level-triggered: what is assigned is the whole truth; a sandbox that the control
 from __future__ import annotations
 
 import asyncio
+import functools
 import logging
 import os
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -25,7 +26,7 @@ from hostd.checkpoints import Checkpoints
 from hostd.command import resolve
 from hostd.config import Config
 from hostd.drivers.contract import Driver, LayerFile
-from hostd.errors import HostdError, SandboxGone
+from hostd.errors import HostdError, ImageMissing, SandboxGone
 from hostd.journal import Journal, Record
 from hostd.lifecycle import ENDED, Phase
 from hostd.pools import Pools, Taken
@@ -113,6 +114,7 @@ class Sandboxes:
         self._claimed: set[int] = set()
         self._group: asyncio.TaskGroup | None = None
         self.ready = asyncio.Event()
+        self.fetch: Callable[[str, str, Callable[[str, str], None]], Awaitable[None]] | None = None
         self.pools = Pools(self)
         self.checkpoints: Checkpoints = Checkpoints(store, lambda: self.driver.checkpointing, now_s, self._awaited)
 
@@ -246,8 +248,15 @@ class Sandboxes:
     # What a sandbox and the pools ask of their host (hostd.sandbox.Host, hostd.pools.PoolHost).
 
     async def take_image(self, spec: SandboxSpec) -> ImageInUse:
-        """Its layers, verified and pinned."""
-        ready = await asyncio.to_thread(images.take, self.store, spec)
+        """Its layers, verified and pinned; fetched first from another host, where there is one that has them."""
+        try:
+            ready = await asyncio.to_thread(images.take, self.store, spec)
+        except ImageMissing:
+            if self.fetch is None:
+                raise
+            told = functools.partial(self._tell_of, spec.name)
+            await self.fetch(spec.tenant, spec.image_digest, told)
+            ready = await asyncio.to_thread(images.take, self.store, spec)
         return ImageInUse(ready.layers, ready.config)
 
     async def take_layers(self, spec: SandboxSpec, about: CheckpointAbout) -> tuple[LayerFile, ...]:
@@ -320,6 +329,9 @@ class Sandboxes:
         self._begin(record)
         self._report(Report(record, None))
         return True
+
+    def _tell_of(self, name: str, reason: str, message: str) -> None:
+        self._happened(Happened(name, reason, message, self.now_s()))
 
     def event(self, sandbox: Sandbox, reason: str, message: str) -> None:
         """Puts it into the event log."""

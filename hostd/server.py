@@ -40,6 +40,8 @@ from hostd.cpu import smt_is_on
 from hostd.drivers.choice import Chosen, choose
 from hostd.edge import render_classes
 from hostd.errors import HostdError
+from hostd.fetching import Fetcher
+from hostd.peers import HostPeers, Offers
 from hostd.poolreports import render_report
 from hostd.register import Outbox, Registration
 from hostd.sandboxes import Happened, Sandboxes
@@ -111,6 +113,9 @@ class Server:
             channel = await stack.enter_async_context(connect(self.config.controlplane, tls))
             registration = Registration(channel, self.config.host, self.sandboxes, self.outbox, self.describe)
             self.sandboxes.pools.on_change = registration.poke
+            self.sandboxes.fetch = Fetcher(
+                hosts_pb2_grpc.HostSyncStub(channel), tls, self.config.host, self.store
+            ).fetch
             server = self._grpc_server(registration, tls)
             await server.start()
             stack.push_async_callback(server.stop, SHUTDOWN_GRACE_S)
@@ -128,7 +133,9 @@ class Server:
 
     def _grpc_server(self, registration: Registration, tls: TlsFiles) -> grpc.aio.Server:
         server = grpc.aio.server(interceptors=[OnlyControlPlane()], options=server_options())
-        runtime = Runtime(self.sandboxes, self.config.host, registration.poke)
+        offers = Offers(self.store, time.monotonic)
+        runtime = Runtime(self.sandboxes, self.config.host, registration.poke, offers)
+        hosts_pb2_grpc.add_HostPeersServicer_to_server(HostPeers(self.store, offers), server)
         hosts_pb2_grpc.add_HostRuntimeServicer_to_server(runtime, server)
         checkpoints_pb2_grpc.add_HostCheckpointsServicer_to_server(
             HostCheckpoints(self.sandboxes, self.config.host), server

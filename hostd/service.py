@@ -7,37 +7,33 @@ nowhere else (hostd/failures.py).
 from __future__ import annotations
 
 import asyncio
-import contextlib
 from collections.abc import AsyncIterator, Callable
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import grpc.aio
 import psutil
 
-from controlplane.api import status
-from controlplane.api.v1 import hosts_pb2, hosts_pb2_grpc, sandboxes_pb2
-from hostd import edge, ledger, streams, uploads
+from controlplane.api.v1 import hosts_pb2, hosts_pb2_grpc, images_pb2, sandboxes_pb2
+from hostd import edge, ledger, pulls, streams, uploads
 from hostd.drivers.contract import Region
-from hostd.errors import HostdError
-from hostd.failures import failure_of
 from hostd.images import domain_of
+from hostd.peers import Offers
 from hostd.sandboxes import Sandboxes
-from sharedcache.errors import CacheError
+from hostd.translation import translated
 
 if TYPE_CHECKING:
     Context = grpc.aio.ServicerContext[Any, Any]
 
 T = TypeVar("T")
 
-EXPECTED = (HostdError, CacheError, OSError)  # OSError: TimeoutError is one
 MEASURE_ATTEMPTS = 3
 
 
 class Runtime(hosts_pb2_grpc.HostRuntimeServicer):
     """See the module. `changed` is called when what the host reports of itself has changed."""
 
-    def __init__(self, sandboxes: Sandboxes, host: str, changed: Callable[[], None]) -> None:
-        self._sandboxes, self._host, self._changed = sandboxes, host, changed
+    def __init__(self, sandboxes: Sandboxes, host: str, changed: Callable[[], None], offers: Offers) -> None:
+        self._sandboxes, self._host, self._changed, self._offers = sandboxes, host, changed, offers
 
     async def Attach(self, request_iterator: streams.Inputs, context: Context) -> streams.Outputs:
         """See hosts.proto."""
@@ -69,6 +65,18 @@ class Runtime(hosts_pb2_grpc.HostRuntimeServicer):
             async for response in _closing(uploads.import_image(request_iterator, store, state_dir, self._host)):
                 yield response
             self._changed()
+
+    async def Pull(self, request: images_pb2.PullImageRequest, context: Context) -> uploads.Responses:
+        """See hosts.proto."""
+        async with translated(context):
+            async for response in _closing(pulls.pull_image(request, self._sandboxes.store, self._sandboxes.config)):
+                yield response
+            self._changed()
+
+    async def OfferImage(self, request: hosts_pb2.OfferImageRequest, context: Context) -> hosts_pb2.OfferImageResponse:
+        """See hosts.proto."""
+        async with translated(context):
+            return hosts_pb2.OfferImageResponse(ticket=self._offers.offer(request.tenant, request.digest, request.host))
 
     async def ForgetImage(
         self, request: hosts_pb2.ForgetImageRequest, context: Context
@@ -120,15 +128,6 @@ class Runtime(hosts_pb2_grpc.HostRuntimeServicer):
                     raise
                 continue
             return measured, names
-
-
-@contextlib.asynccontextmanager
-async def translated(context: Context) -> AsyncIterator[None]:
-    """Errors that are expected leave as a status; others are bugs, which grpc reports and logs."""
-    try:
-        yield
-    except EXPECTED as error:
-        await status.abort(context, failure_of(error))
 
 
 async def _closing(outputs: AsyncIterator[T]) -> AsyncIterator[T]:

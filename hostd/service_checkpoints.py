@@ -11,8 +11,8 @@ from hostd.checkpoint import Wanted
 from hostd.checkpoints import StoredCheckpoint
 from hostd.edge import timestamp
 from hostd.sandboxes import Sandboxes
-from hostd.service import translated
 from hostd.spec import SandboxClass, SandboxSpec
+from hostd.translation import translated
 
 if TYPE_CHECKING:
     Context = grpc.aio.ServicerContext[Any, Any]

@@ -41,7 +41,7 @@ async def import_image(chunks: Chunks, store: Store, state_dir: Path, host: str)
         path = Path(folder) / "archive"
         async for progress in _receive(chunks, store, path, start.total_bytes):
             yield progress
-        async for response in _convert(store, path, start, host):
+        async for response in convert(store, path, start, host):
             yield response
 
 
@@ -57,18 +57,19 @@ async def _receive(chunks: Chunks, store: Store, path: Path, total_bytes: int) -
             if received_bytes - told_bytes >= TOLD_EVERY_BYTES:
                 told_bytes = received_bytes
                 await asyncio.to_thread(store.require_space, max(0, total_bytes - received_bytes))
-                yield _progress("receive", received_bytes, total_bytes)
+                yield progress_of("receive", received_bytes, total_bytes)
     if total_bytes and received_bytes != total_bytes:
         raise InvalidSpec(f"the upload ended after {received_bytes} of {total_bytes} bytes: send it again")
-    yield _progress("receive", received_bytes, received_bytes)
+    yield progress_of("receive", received_bytes, received_bytes)
 
 
-async def _convert(store: Store, path: Path, start: Start, host: str) -> Responses:
+async def convert(store: Store, path: Path, start: Start, host: str) -> Responses:
+    """Imports the archive at `path`: progress, then the image."""
     loop = asyncio.get_running_loop()
     steps: asyncio.Queue[images_pb2.ImportImageResponse | None] = asyncio.Queue()
 
     def tell(step: str, done_bytes: int, total_bytes: int) -> None:
-        loop.call_soon_threadsafe(steps.put_nowait, _progress(step, done_bytes, total_bytes))
+        loop.call_soon_threadsafe(steps.put_nowait, progress_of(step, done_bytes, total_bytes))
 
     work = asyncio.ensure_future(
         asyncio.to_thread(
@@ -93,6 +94,7 @@ async def _next(chunks: Chunks) -> images_pb2.ImportImageRequest | None:
         raise TimeoutError(f"nothing came of the upload for {CHUNK_DEADLINE_S:.0f} s: send it again") from None
 
 
-def _progress(step: str, done_bytes: int, total_bytes: int) -> images_pb2.ImportImageResponse:
+def progress_of(step: str, done_bytes: int, total_bytes: int) -> images_pb2.ImportImageResponse:
+    """How far a step is, as the API says it."""
     progress = images_pb2.ImportImageResponse.Progress(step=step, done_bytes=done_bytes, total_bytes=total_bytes)
     return images_pb2.ImportImageResponse(progress=progress)

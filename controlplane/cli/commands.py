@@ -38,6 +38,7 @@ ALL: tuple[AnyCommand, ...] = (
     dev.DOWN,
     dev.STATUS,
     images.IMPORT,
+    images.PULL,
     images.LS,
     images.INSPECT,
     images.RM,

@@ -26,6 +26,8 @@ from controlplane.cli.terminal import read_when_ready
 Image = images_pb2.Image
 STEPS = {"convert": "converting", "verify": "verifying", "publish": "publishing"}
 DIGEST_CHARS = len("sha256:") + 12
+NO_REMEDY = {Condition.DENIED: "", Condition.UNAVAILABLE: "", Condition.INTERNAL: ""}
+"""What a registry or a host says needs no addition."""
 MISSING = {Condition.NOT_FOUND: "`sandloom image ls` lists those there are"}
 
 
@@ -36,6 +38,15 @@ class ImportOptions:
     path: Path
     name: str
     cmd: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class PullOptions:
+    """REGISTRY/REPOSITORY[:TAG][@DIGEST], and what to call it here; `host` "": the server chooses."""
+
+    reference: str
+    name: str
+    host: str = ""
 
 
 @dataclass(frozen=True)
@@ -79,7 +90,11 @@ def act_import(options: ImportOptions, shell: Shell) -> int:
         raise UsageError("no name can be made of it", str(options.path), "give one with --name")
     if upload.path is None and os.isatty(shell.stdio.stdin):
         raise UsageError("standard input is a terminal", "", "pipe an archive into it, or name a file")
-    image = shell.over(lambda fabric: _import(fabric, upload, options, shell))
+    _print(shell.over(lambda fabric: _import(fabric, upload, options, shell)), shell)
+    return 0
+
+
+def _print(image: Image, shell: Shell) -> None:
     if shell.printer.form in ("json", "yaml"):
         shell.printer.write((render_json if shell.printer.form == "json" else render_yaml)(plain(image)))
     elif shell.printer.form == "name":
@@ -87,7 +102,6 @@ def act_import(options: ImportOptions, shell: Shell) -> int:
     else:
         layers = f"{len(image.layers)} layer{'s' if len(image.layers) != 1 else ''}"
         shell.printer.write(f"{image.name} {image.digest}: {layers}, {sizes.format_bytes(image.size_bytes)}\n")
-    return 0
 
 
 async def _import(fabric: Fabric, upload: archive.Upload, options: ImportOptions, shell: Shell) -> Image:
@@ -144,6 +158,32 @@ async def _pieces(upload: archive.Upload, shell: Shell) -> AsyncIterator[bytes]:
     pieces = archive.chunks(upload)
     while data := await asyncio.to_thread(next, pieces, b""):
         yield data
+
+
+def default_name(reference: str) -> str:
+    """What an image of a registry is called: the last part of its repository, with its tag where it has one."""
+    repository = reference.partition("@")[0].rpartition("/")[2]
+    return repository.removesuffix(":latest")
+
+
+def act_pull(options: PullOptions, shell: Shell) -> int:
+    image = shell.over(lambda fabric: _pull(fabric, options, shell))
+    _print(image, shell)
+    return 0
+
+
+async def _pull(fabric: Fabric, options: PullOptions, shell: Shell) -> Image:
+    request = images_pb2.PullImageRequest(reference=options.reference, name=options.name, host=options.host)
+    with Progress(quiet=shell.quiet) as progress, calling(f"cannot pull {options.reference}", NO_REMEDY):
+        call: Any = fabric.images.PullImage(request)
+        async for answer in call:
+            if answer.WhichOneof("output") == "image":
+                image: Image = answer.image
+                return image
+            step = answer.progress
+            said = f"{STEPS.get(step.step, 'fetching')} {options.name}"
+            progress.update(said, step.done_bytes, step.total_bytes)
+    raise CliError(f"cannot pull {options.reference}", "the control plane gave no image back", "try again")
 
 
 async def list_images(fabric: Fabric) -> list[Image]:
@@ -215,6 +255,21 @@ def _configure_rm(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-f", "--force", action="store_true", help="do not mind when it is not there")
 
 
+def _configure_pull(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("reference", metavar="REFERENCE", help="REGISTRY/REPOSITORY[:TAG][@DIGEST]")
+    parser.add_argument("--name", default="", help="the image's name; the repository's last part and tag unless given")
+    parser.add_argument("--host", default="", metavar="HOST", help="which host fetches it (operators only)")
+    add_output(parser, FORMATS)
+
+
+PULL = Command(
+    words=("image", "pull"),
+    summary="have a host fetch an image from a registry",
+    configure=_configure_pull,
+    parse=lambda ns: PullOptions(ns.reference, ns.name or default_name(ns.reference), ns.host),
+    act=act_pull,
+    examples=("sandloom image pull registry.example:5000/team/app:1.2 --name app",),
+)
 IMPORT = Command(
     words=("image", "import"),
     summary="bring an image in: OCI layout, OCI or docker archive, root filesystem tar",

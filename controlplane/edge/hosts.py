@@ -18,6 +18,10 @@ from controlplane.rules import text_of
 
 DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
 IMAGE_NAME = re.compile(r"[a-z0-9]([a-z0-9._/:-]{0,126}[a-z0-9])?")
+REGISTRY_REFERENCE = re.compile(
+    r"(?=.{3,512}\Z)([a-z0-9][a-z0-9-]*(\.[a-z0-9-]+)+(:[0-9]{1,5})?|[a-z0-9-]+:[0-9]{1,5})"
+    r"(/[a-z0-9]+([._-]+[a-z0-9]+)*)+(:[A-Za-z0-9_][A-Za-z0-9._-]{0,127})?(@sha256:[0-9a-f]{64})?"
+)
 ADDRESS = re.compile(r"(\[[0-9a-fA-F:.]+\]|[A-Za-z0-9._-]+):[0-9]{1,5}")
 MAX_IMAGES = 10_000
 
@@ -120,6 +124,13 @@ def parse_image_name(name: str, field: str) -> str:
     if not IMAGE_NAME.fullmatch(name) or name.startswith("sha256:"):
         raise Invalid(field, f"{name!r} is no image name: it must match {IMAGE_NAME.pattern} and not be a digest")
     return name
+
+
+def parse_registry_reference(text: str, field: str = "reference") -> str:
+    """REGISTRY/REPOSITORY[:TAG][@DIGEST]; which registry must be said."""
+    if not REGISTRY_REFERENCE.fullmatch(text):
+        raise Invalid(field, f"{text!r} is not REGISTRY/REPOSITORY[:TAG][@sha256:...], the registry with a dot or port")
+    return text
 
 
 def parse_image(message: images_pb2.Image, *, name: str, tenant: str) -> Image:

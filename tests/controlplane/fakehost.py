@@ -59,6 +59,8 @@ class FakeHost(hosts_pb2_grpc.HostRuntimeServicer):
         self.images: list[images_pb2.Image] = [image_of()]
         self.forgotten: list[tuple[str, str]] = []
         self.imports: list[tuple[images_pb2.ImportImageRequest.Start, int]] = []
+        self.pulls: list[images_pb2.PullImageRequest] = []
+        self.offers: list[hosts_pb2.OfferImageRequest] = []
         self.logs_asked: list[sandboxes_pb2.GetLogsRequest] = []
         self.ledger = sandboxes_pb2.SharingLedger()
         self.checkpoints = FakeHostCheckpoints()
@@ -149,6 +151,16 @@ class FakeHost(hosts_pb2_grpc.HostRuntimeServicer):
         if size_bytes == 0:
             await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "the archive is empty")
         yield images_pb2.ImportImageResponse(image=self.images[-1])
+
+    async def Pull(
+        self, request: images_pb2.PullImageRequest, context: Any
+    ) -> AsyncIterator[images_pb2.ImportImageResponse]:
+        self.pulls.append(request)
+        yield images_pb2.ImportImageResponse(image=self.images[-1])
+
+    async def OfferImage(self, request: hosts_pb2.OfferImageRequest, context: Any) -> hosts_pb2.OfferImageResponse:
+        self.offers.append(request)
+        return hosts_pb2.OfferImageResponse(ticket=f"ticket of {self.name}")
 
     async def ForgetImage(self, request: hosts_pb2.ForgetImageRequest, context: Any) -> hosts_pb2.ForgetImageResponse:
         self.forgotten.append((request.tenant, request.digest))

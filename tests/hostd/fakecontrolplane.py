@@ -12,7 +12,7 @@ import grpc.aio
 
 from controlplane.api.channel import TlsFiles, connect, server_credentials, server_options
 from controlplane.api.identity import Identity, Role, host_server_name
-from controlplane.api.status import Failure, abort
+from controlplane.api.status import Condition, Failure, abort
 from controlplane.api.v1 import hosts_pb2, hosts_pb2_grpc, pools_pb2, sandboxes_pb2
 from controlplane.ca import Authority
 
@@ -71,6 +71,9 @@ class FakeControlPlane(hosts_pb2_grpc.HostSyncServicer):
     refuse: Callable[[hosts_pb2.ReportSandboxRequest], Failure | None] = lambda _: None
     refuse_events: Failure | None = None
     refuse_hosts: Failure | None = None
+    sources: list[hosts_pb2.ImageSource] = field(default_factory=list)
+    located: list[tuple[str, str]] = field(default_factory=list)
+    fetched: list[tuple[str, str]] = field(default_factory=list)
     watches: int = 0
     lease_s: int = 3
     address: str = ""
@@ -165,6 +168,20 @@ class FakeControlPlane(hosts_pb2_grpc.HostSyncServicer):
             await abort(context, failure)
         self.reports.append(request)
         return hosts_pb2.ReportSandboxResponse()
+
+    async def LocateImage(
+        self, request: hosts_pb2.LocateImageRequest, context: Context
+    ) -> hosts_pb2.LocateImageResponse:
+        self.located.append((request.tenant, request.digest))
+        if not self.sources:
+            await abort(context, Failure(Condition.NOT_FOUND, "ImageNotFound", f"no host gives {request.digest}"))
+        return hosts_pb2.LocateImageResponse(sources=self.sources)
+
+    async def ReportImage(
+        self, request: hosts_pb2.ReportImageRequest, context: Context
+    ) -> hosts_pb2.ReportImageResponse:
+        self.fetched.append((request.tenant, request.digest))
+        return hosts_pb2.ReportImageResponse()
 
     async def RecordEvent(
         self, request: hosts_pb2.RecordEventRequest, context: Context

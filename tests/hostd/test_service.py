@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import io
 import tarfile
+import time
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,6 +23,7 @@ from hostd.authority import OnlyControlPlane
 from hostd.errors import AgentLost, HostdError, ShortOfResources
 from hostd.failures import failure_of
 from hostd.lifecycle import ENDED, Phase
+from hostd.peers import Offers
 from hostd.service import Runtime
 from hostd.spec import DesiredState, ProcessSpec
 from sharedcache.errors import BadArchive, LimitExceeded
@@ -52,7 +54,7 @@ async def served(tmp_path: Path) -> AsyncIterator[Served]:
         changes: list[None] = []
         server = grpc.aio.server(interceptors=[OnlyControlPlane()], options=server_options())
         hosts_pb2_grpc.add_HostRuntimeServicer_to_server(
-            Runtime(host.sandboxes, "host-1", lambda: changes.append(None)), server
+            Runtime(host.sandboxes, "host-1", lambda: changes.append(None), Offers(host.store, time.monotonic)), server
         )
         port = server.add_secure_port("127.0.0.1:0", server_credentials(certs.of(Role.HOST, "host-1")))
         await server.start()

@@ -478,6 +478,16 @@ class HostSyncStub:
                 request_serializer=controlplane_dot_api_dot_v1_dot_hosts__pb2.ReportSandboxRequest.SerializeToString,
                 response_deserializer=controlplane_dot_api_dot_v1_dot_hosts__pb2.ReportSandboxResponse.FromString,
                 _registered_method=True)
+        self.LocateImage = channel.unary_unary(
+                '/sandloom.v1.HostSync/LocateImage',
+                request_serializer=controlplane_dot_api_dot_v1_dot_hosts__pb2.LocateImageRequest.SerializeToString,
+                response_deserializer=controlplane_dot_api_dot_v1_dot_hosts__pb2.LocateImageResponse.FromString,
+                _registered_method=True)
+        self.ReportImage = channel.unary_unary(
+                '/sandloom.v1.HostSync/ReportImage',
+                request_serializer=controlplane_dot_api_dot_v1_dot_hosts__pb2.ReportImageRequest.SerializeToString,
+                response_deserializer=controlplane_dot_api_dot_v1_dot_hosts__pb2.ReportImageResponse.FromString,
+                _registered_method=True)
         self.RecordEvent = channel.unary_unary(
                 '/sandloom.v1.HostSync/RecordEvent',
                 request_serializer=controlplane_dot_api_dot_v1_dot_hosts__pb2.RecordEventRequest.SerializeToString,
@@ -522,6 +532,21 @@ class HostSyncServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def LocateImage(self, request, context):
+        """Who may give the host an image that it needs for what is assigned to it, with a ticket for each. Read only for the
+        fabric; each call gives other tickets. NOT_FOUND when nothing here needs it or nobody has it: both look the same.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ReportImage(self, request, context):
+        """Records that the host holds an image that it needed. Idempotent. NOT_FOUND as LocateImage.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def RecordEvent(self, request, context):
         """Appends to the event log. Not idempotent; an event may come twice after a lost answer.
         """
@@ -551,6 +576,16 @@ def add_HostSyncServicer_to_server(servicer, server):
                     servicer.ReportSandbox,
                     request_deserializer=controlplane_dot_api_dot_v1_dot_hosts__pb2.ReportSandboxRequest.FromString,
                     response_serializer=controlplane_dot_api_dot_v1_dot_hosts__pb2.ReportSandboxResponse.SerializeToString,
+            ),
+            'LocateImage': grpc.unary_unary_rpc_method_handler(
+                    servicer.LocateImage,
+                    request_deserializer=controlplane_dot_api_dot_v1_dot_hosts__pb2.LocateImageRequest.FromString,
+                    response_serializer=controlplane_dot_api_dot_v1_dot_hosts__pb2.LocateImageResponse.SerializeToString,
+            ),
+            'ReportImage': grpc.unary_unary_rpc_method_handler(
+                    servicer.ReportImage,
+                    request_deserializer=controlplane_dot_api_dot_v1_dot_hosts__pb2.ReportImageRequest.FromString,
+                    response_serializer=controlplane_dot_api_dot_v1_dot_hosts__pb2.ReportImageResponse.SerializeToString,
             ),
             'RecordEvent': grpc.unary_unary_rpc_method_handler(
                     servicer.RecordEvent,
@@ -677,6 +712,60 @@ class HostSync:
             _registered_method=True)
 
     @staticmethod
+    def LocateImage(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/sandloom.v1.HostSync/LocateImage',
+            controlplane_dot_api_dot_v1_dot_hosts__pb2.LocateImageRequest.SerializeToString,
+            controlplane_dot_api_dot_v1_dot_hosts__pb2.LocateImageResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ReportImage(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/sandloom.v1.HostSync/ReportImage',
+            controlplane_dot_api_dot_v1_dot_hosts__pb2.ReportImageRequest.SerializeToString,
+            controlplane_dot_api_dot_v1_dot_hosts__pb2.ReportImageResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
     def RecordEvent(request,
             target,
             options=(),
@@ -733,6 +822,16 @@ class HostRuntimeStub:
                 request_serializer=controlplane_dot_api_dot_v1_dot_images__pb2.ImportImageRequest.SerializeToString,
                 response_deserializer=controlplane_dot_api_dot_v1_dot_images__pb2.ImportImageResponse.FromString,
                 _registered_method=True)
+        self.Pull = channel.unary_stream(
+                '/sandloom.v1.HostRuntime/Pull',
+                request_serializer=controlplane_dot_api_dot_v1_dot_images__pb2.PullImageRequest.SerializeToString,
+                response_deserializer=controlplane_dot_api_dot_v1_dot_images__pb2.ImportImageResponse.FromString,
+                _registered_method=True)
+        self.OfferImage = channel.unary_unary(
+                '/sandloom.v1.HostRuntime/OfferImage',
+                request_serializer=controlplane_dot_api_dot_v1_dot_hosts__pb2.OfferImageRequest.SerializeToString,
+                response_deserializer=controlplane_dot_api_dot_v1_dot_hosts__pb2.OfferImageResponse.FromString,
+                _registered_method=True)
         self.ForgetImage = channel.unary_unary(
                 '/sandloom.v1.HostRuntime/ForgetImage',
                 request_serializer=controlplane_dot_api_dot_v1_dot_hosts__pb2.ForgetImageRequest.SerializeToString,
@@ -776,6 +875,21 @@ class HostRuntimeServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Pull(self, request, context):
+        """As Images.PullImage, into this host's store; the name is not bound here.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def OfferImage(self, request, context):
+        """Lets one other host read one image of one tenant for a while. Each call gives another ticket, idempotent otherwise.
+        NOT_FOUND.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def ForgetImage(self, request, context):
         """Drops the host's pin on an image; its layers go when nothing else uses them. Idempotent.
         """
@@ -812,6 +926,16 @@ def add_HostRuntimeServicer_to_server(servicer, server):
                     servicer.Import,
                     request_deserializer=controlplane_dot_api_dot_v1_dot_images__pb2.ImportImageRequest.FromString,
                     response_serializer=controlplane_dot_api_dot_v1_dot_images__pb2.ImportImageResponse.SerializeToString,
+            ),
+            'Pull': grpc.unary_stream_rpc_method_handler(
+                    servicer.Pull,
+                    request_deserializer=controlplane_dot_api_dot_v1_dot_images__pb2.PullImageRequest.FromString,
+                    response_serializer=controlplane_dot_api_dot_v1_dot_images__pb2.ImportImageResponse.SerializeToString,
+            ),
+            'OfferImage': grpc.unary_unary_rpc_method_handler(
+                    servicer.OfferImage,
+                    request_deserializer=controlplane_dot_api_dot_v1_dot_hosts__pb2.OfferImageRequest.FromString,
+                    response_serializer=controlplane_dot_api_dot_v1_dot_hosts__pb2.OfferImageResponse.SerializeToString,
             ),
             'ForgetImage': grpc.unary_unary_rpc_method_handler(
                     servicer.ForgetImage,
@@ -943,6 +1067,60 @@ class HostRuntime:
             _registered_method=True)
 
     @staticmethod
+    def Pull(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/sandloom.v1.HostRuntime/Pull',
+            controlplane_dot_api_dot_v1_dot_images__pb2.PullImageRequest.SerializeToString,
+            controlplane_dot_api_dot_v1_dot_images__pb2.ImportImageResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def OfferImage(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/sandloom.v1.HostRuntime/OfferImage',
+            controlplane_dot_api_dot_v1_dot_hosts__pb2.OfferImageRequest.SerializeToString,
+            controlplane_dot_api_dot_v1_dot_hosts__pb2.OfferImageResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
     def ForgetImage(request,
             target,
             options=(),
@@ -986,6 +1164,126 @@ class HostRuntime:
             '/sandloom.v1.HostRuntime/Ledger',
             controlplane_dot_api_dot_v1_dot_sandboxes__pb2.GetSharingLedgerRequest.SerializeToString,
             controlplane_dot_api_dot_v1_dot_sandboxes__pb2.SharingLedger.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+
+class HostPeersStub:
+    """Served by each hostd to other hosts: what the control plane gave them a ticket for, and nothing else.
+    """
+
+    def __init__(self, channel):
+        """Constructor.
+
+        Args:
+            channel: A grpc.Channel.
+        """
+        self.GetOffer = channel.unary_unary(
+                '/sandloom.v1.HostPeers/GetOffer',
+                request_serializer=controlplane_dot_api_dot_v1_dot_hosts__pb2.GetOfferRequest.SerializeToString,
+                response_deserializer=controlplane_dot_api_dot_v1_dot_hosts__pb2.OfferedImage.FromString,
+                _registered_method=True)
+        self.ReadLayer = channel.unary_stream(
+                '/sandloom.v1.HostPeers/ReadLayer',
+                request_serializer=controlplane_dot_api_dot_v1_dot_hosts__pb2.ReadLayerRequest.SerializeToString,
+                response_deserializer=controlplane_dot_api_dot_v1_dot_hosts__pb2.LayerPiece.FromString,
+                _registered_method=True)
+
+
+class HostPeersServicer:
+    """Served by each hostd to other hosts: what the control plane gave them a ticket for, and nothing else.
+    """
+
+    def GetOffer(self, request, context):
+        """Read only. The image's record and its layers' facts. PERMISSION_DENIED (TicketRefused).
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ReadLayer(self, request, context):
+        """Read only stream. A layer's bytes from `offset` on. PERMISSION_DENIED (TicketRefused), NOT_FOUND.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+
+def add_HostPeersServicer_to_server(servicer, server):
+    rpc_method_handlers = {
+            'GetOffer': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetOffer,
+                    request_deserializer=controlplane_dot_api_dot_v1_dot_hosts__pb2.GetOfferRequest.FromString,
+                    response_serializer=controlplane_dot_api_dot_v1_dot_hosts__pb2.OfferedImage.SerializeToString,
+            ),
+            'ReadLayer': grpc.unary_stream_rpc_method_handler(
+                    servicer.ReadLayer,
+                    request_deserializer=controlplane_dot_api_dot_v1_dot_hosts__pb2.ReadLayerRequest.FromString,
+                    response_serializer=controlplane_dot_api_dot_v1_dot_hosts__pb2.LayerPiece.SerializeToString,
+            ),
+    }
+    generic_handler = grpc.method_handlers_generic_handler(
+            'sandloom.v1.HostPeers', rpc_method_handlers)
+    server.add_generic_rpc_handlers((generic_handler,))
+    server.add_registered_method_handlers('sandloom.v1.HostPeers', rpc_method_handlers)
+
+
+ # This class is part of an EXPERIMENTAL API.
+class HostPeers:
+    """Served by each hostd to other hosts: what the control plane gave them a ticket for, and nothing else.
+    """
+
+    @staticmethod
+    def GetOffer(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/sandloom.v1.HostPeers/GetOffer',
+            controlplane_dot_api_dot_v1_dot_hosts__pb2.GetOfferRequest.SerializeToString,
+            controlplane_dot_api_dot_v1_dot_hosts__pb2.OfferedImage.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ReadLayer(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/sandloom.v1.HostPeers/ReadLayer',
+            controlplane_dot_api_dot_v1_dot_hosts__pb2.ReadLayerRequest.SerializeToString,
+            controlplane_dot_api_dot_v1_dot_hosts__pb2.LayerPiece.FromString,
             options,
             channel_credentials,
             insecure,

@@ -220,6 +220,12 @@ class HostSyncStub:
     epoch is not the sandbox's present one, NOT_FOUND when it is gone: the host then lets go of it.
     With removed the record is deleted (only when desired_state is REMOVED or spec.remove_on_exit).
     """
+    LocateImage: _grpc.UnaryUnaryMultiCallable[_hosts_pb2.LocateImageRequest, _hosts_pb2.LocateImageResponse]
+    """Who may give the host an image that it needs for what is assigned to it, with a ticket for each. Read only for the
+    fabric; each call gives other tickets. NOT_FOUND when nothing here needs it or nobody has it: both look the same.
+    """
+    ReportImage: _grpc.UnaryUnaryMultiCallable[_hosts_pb2.ReportImageRequest, _hosts_pb2.ReportImageResponse]
+    """Records that the host holds an image that it needed. Idempotent. NOT_FOUND as LocateImage."""
     RecordEvent: _grpc.UnaryUnaryMultiCallable[_hosts_pb2.RecordEventRequest, _hosts_pb2.RecordEventResponse]
     """Appends to the event log. Not idempotent; an event may come twice after a lost answer."""
 
@@ -244,6 +250,12 @@ class HostSyncAsyncStub(HostSyncStub):
     epoch is not the sandbox's present one, NOT_FOUND when it is gone: the host then lets go of it.
     With removed the record is deleted (only when desired_state is REMOVED or spec.remove_on_exit).
     """
+    LocateImage: _aio.UnaryUnaryMultiCallable[_hosts_pb2.LocateImageRequest, _hosts_pb2.LocateImageResponse]  # type: ignore[assignment]
+    """Who may give the host an image that it needs for what is assigned to it, with a ticket for each. Read only for the
+    fabric; each call gives other tickets. NOT_FOUND when nothing here needs it or nobody has it: both look the same.
+    """
+    ReportImage: _aio.UnaryUnaryMultiCallable[_hosts_pb2.ReportImageRequest, _hosts_pb2.ReportImageResponse]  # type: ignore[assignment]
+    """Records that the host holds an image that it needed. Idempotent. NOT_FOUND as LocateImage."""
     RecordEvent: _aio.UnaryUnaryMultiCallable[_hosts_pb2.RecordEventRequest, _hosts_pb2.RecordEventResponse]  # type: ignore[assignment]
     """Appends to the event log. Not idempotent; an event may come twice after a lost answer."""
 
@@ -291,6 +303,24 @@ class HostSyncServicer(metaclass=_abc_1.ABCMeta):
         """
 
     @_abc_1.abstractmethod
+    def LocateImage(
+        self,
+        request: _hosts_pb2.LocateImageRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_hosts_pb2.LocateImageResponse, _abc.Awaitable[_hosts_pb2.LocateImageResponse]]:
+        """Who may give the host an image that it needs for what is assigned to it, with a ticket for each. Read only for the
+        fabric; each call gives other tickets. NOT_FOUND when nothing here needs it or nobody has it: both look the same.
+        """
+
+    @_abc_1.abstractmethod
+    def ReportImage(
+        self,
+        request: _hosts_pb2.ReportImageRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_hosts_pb2.ReportImageResponse, _abc.Awaitable[_hosts_pb2.ReportImageResponse]]:
+        """Records that the host holds an image that it needed. Idempotent. NOT_FOUND as LocateImage."""
+
+    @_abc_1.abstractmethod
     def RecordEvent(
         self,
         request: _hosts_pb2.RecordEventRequest,
@@ -313,6 +343,12 @@ class HostRuntimeStub:
     """As Sandboxes.GetLogs; name is the uid."""
     Import: _grpc.StreamStreamMultiCallable[_images_pb2.ImportImageRequest, _images_pb2.ImportImageResponse]
     """As Images.ImportImage into this host's store; the name is not bound here."""
+    Pull: _grpc.UnaryStreamMultiCallable[_images_pb2.PullImageRequest, _images_pb2.ImportImageResponse]
+    """As Images.PullImage, into this host's store; the name is not bound here."""
+    OfferImage: _grpc.UnaryUnaryMultiCallable[_hosts_pb2.OfferImageRequest, _hosts_pb2.OfferImageResponse]
+    """Lets one other host read one image of one tenant for a while. Each call gives another ticket, idempotent otherwise.
+    NOT_FOUND.
+    """
     ForgetImage: _grpc.UnaryUnaryMultiCallable[_hosts_pb2.ForgetImageRequest, _hosts_pb2.ForgetImageResponse]
     """Drops the host's pin on an image; its layers go when nothing else uses them. Idempotent."""
     Ledger: _grpc.UnaryUnaryMultiCallable[_sandboxes_pb2.GetSharingLedgerRequest, _sandboxes_pb2.SharingLedger]
@@ -329,6 +365,12 @@ class HostRuntimeAsyncStub(HostRuntimeStub):
     """As Sandboxes.GetLogs; name is the uid."""
     Import: _aio.StreamStreamMultiCallable[_images_pb2.ImportImageRequest, _images_pb2.ImportImageResponse]  # type: ignore[assignment]
     """As Images.ImportImage into this host's store; the name is not bound here."""
+    Pull: _aio.UnaryStreamMultiCallable[_images_pb2.PullImageRequest, _images_pb2.ImportImageResponse]  # type: ignore[assignment]
+    """As Images.PullImage, into this host's store; the name is not bound here."""
+    OfferImage: _aio.UnaryUnaryMultiCallable[_hosts_pb2.OfferImageRequest, _hosts_pb2.OfferImageResponse]  # type: ignore[assignment]
+    """Lets one other host read one image of one tenant for a while. Each call gives another ticket, idempotent otherwise.
+    NOT_FOUND.
+    """
     ForgetImage: _aio.UnaryUnaryMultiCallable[_hosts_pb2.ForgetImageRequest, _hosts_pb2.ForgetImageResponse]  # type: ignore[assignment]
     """Drops the host's pin on an image; its layers go when nothing else uses them. Idempotent."""
     Ledger: _aio.UnaryUnaryMultiCallable[_sandboxes_pb2.GetSharingLedgerRequest, _sandboxes_pb2.SharingLedger]  # type: ignore[assignment]
@@ -368,6 +410,24 @@ class HostRuntimeServicer(metaclass=_abc_1.ABCMeta):
         """As Images.ImportImage into this host's store; the name is not bound here."""
 
     @_abc_1.abstractmethod
+    def Pull(
+        self,
+        request: _images_pb2.PullImageRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_images_pb2.ImportImageResponse], _abc.AsyncIterator[_images_pb2.ImportImageResponse]]:
+        """As Images.PullImage, into this host's store; the name is not bound here."""
+
+    @_abc_1.abstractmethod
+    def OfferImage(
+        self,
+        request: _hosts_pb2.OfferImageRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_hosts_pb2.OfferImageResponse, _abc.Awaitable[_hosts_pb2.OfferImageResponse]]:
+        """Lets one other host read one image of one tenant for a while. Each call gives another ticket, idempotent otherwise.
+        NOT_FOUND.
+        """
+
+    @_abc_1.abstractmethod
     def ForgetImage(
         self,
         request: _hosts_pb2.ForgetImageRequest,
@@ -384,3 +444,46 @@ class HostRuntimeServicer(metaclass=_abc_1.ABCMeta):
         """Read only. This host's part of the ledger."""
 
 def add_HostRuntimeServicer_to_server(servicer: HostRuntimeServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
+
+class HostPeersStub:
+    """Served by each hostd to other hosts: what the control plane gave them a ticket for, and nothing else."""
+
+    @_typing.overload
+    def __new__(cls, channel: _grpc.Channel) -> _Self: ...
+    @_typing.overload
+    def __new__(cls, channel: _aio.Channel) -> HostPeersAsyncStub: ...
+    GetOffer: _grpc.UnaryUnaryMultiCallable[_hosts_pb2.GetOfferRequest, _hosts_pb2.OfferedImage]
+    """Read only. The image's record and its layers' facts. PERMISSION_DENIED (TicketRefused)."""
+    ReadLayer: _grpc.UnaryStreamMultiCallable[_hosts_pb2.ReadLayerRequest, _hosts_pb2.LayerPiece]
+    """Read only stream. A layer's bytes from `offset` on. PERMISSION_DENIED (TicketRefused), NOT_FOUND."""
+
+@_typing.type_check_only
+class HostPeersAsyncStub(HostPeersStub):
+    """Served by each hostd to other hosts: what the control plane gave them a ticket for, and nothing else."""
+
+    def __init__(self, channel: _aio.Channel) -> None: ...
+    GetOffer: _aio.UnaryUnaryMultiCallable[_hosts_pb2.GetOfferRequest, _hosts_pb2.OfferedImage]  # type: ignore[assignment]
+    """Read only. The image's record and its layers' facts. PERMISSION_DENIED (TicketRefused)."""
+    ReadLayer: _aio.UnaryStreamMultiCallable[_hosts_pb2.ReadLayerRequest, _hosts_pb2.LayerPiece]  # type: ignore[assignment]
+    """Read only stream. A layer's bytes from `offset` on. PERMISSION_DENIED (TicketRefused), NOT_FOUND."""
+
+class HostPeersServicer(metaclass=_abc_1.ABCMeta):
+    """Served by each hostd to other hosts: what the control plane gave them a ticket for, and nothing else."""
+
+    @_abc_1.abstractmethod
+    def GetOffer(
+        self,
+        request: _hosts_pb2.GetOfferRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_hosts_pb2.OfferedImage, _abc.Awaitable[_hosts_pb2.OfferedImage]]:
+        """Read only. The image's record and its layers' facts. PERMISSION_DENIED (TicketRefused)."""
+
+    @_abc_1.abstractmethod
+    def ReadLayer(
+        self,
+        request: _hosts_pb2.ReadLayerRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_hosts_pb2.LayerPiece], _abc.AsyncIterator[_hosts_pb2.LayerPiece]]:
+        """Read only stream. A layer's bytes from `offset` on. PERMISSION_DENIED (TicketRefused), NOT_FOUND."""
+
+def add_HostPeersServicer_to_server(servicer: HostPeersServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n controlplane/api/v1/images.proto\x12\x0bsandloom.v1\x1a\x1fgoogle/protobuf/timestamp.proto\"W\n\x05Layer\x12\x0e\n\x06\x64igest\x18\x01 \x01(\t\x12\x12\n\nsize_bytes\x18\x02 \x01(\x04\x12\x15\n\rsource_digest\x18\x03 \x01(\t\x12\x13\n\x0bvolume_uuid\x18\x04 \x01(\t\"\xa9\x01\n\x0bImageConfig\x12\x12\n\nentrypoint\x18\x01 \x03(\t\x12\x0b\n\x03\x63md\x18\x02 \x03(\t\x12.\n\x03\x65nv\x18\x03 \x03(\x0b\x32!.sandloom.v1.ImageConfig.EnvEntry\x12\x0f\n\x07workdir\x18\x04 \x01(\t\x12\x0c\n\x04user\x18\x05 \x01(\t\x1a*\n\x08\x45nvEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"\x80\x02\n\x05Image\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06\x64igest\x18\x02 \x01(\t\x12\"\n\x06layers\x18\x03 \x03(\x0b\x32\x12.sandloom.v1.Layer\x12(\n\x06\x63onfig\x18\x04 \x01(\x0b\x32\x18.sandloom.v1.ImageConfig\x12\x12\n\nsize_bytes\x18\x05 \x01(\x04\x12.\n\ncreated_at\x18\x06 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\r\n\x05hosts\x18\x07 \x03(\t\x12\x0e\n\x06tenant\x18\x08 \x01(\t\x12\x0e\n\x06\x66ormat\x18\t \x01(\t\x12\x18\n\x10resource_version\x18\n \x01(\x03\"\xbd\x01\n\x12ImportImageRequest\x12\x36\n\x05start\x18\x01 \x01(\x0b\x32%.sandloom.v1.ImportImageRequest.StartH\x00\x12\x0f\n\x05\x63hunk\x18\x02 \x01(\x0cH\x00\x1aU\n\x05Start\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x13\n\x0btotal_bytes\x18\x02 \x01(\x04\x12\x0c\n\x04host\x18\x03 \x01(\t\x12\x0b\n\x03\x63md\x18\x04 \x03(\t\x12\x0e\n\x06tenant\x18\x05 \x01(\tB\x07\n\x05input\"\xc6\x01\n\x13ImportImageResponse\x12=\n\x08progress\x18\x01 \x01(\x0b\x32).sandloom.v1.ImportImageResponse.ProgressH\x00\x12#\n\x05image\x18\x02 \x01(\x0b\x32\x12.sandloom.v1.ImageH\x00\x1a\x41\n\x08Progress\x12\x0c\n\x04step\x18\x01 \x01(\t\x12\x12\n\ndone_bytes\x18\x02 \x01(\x04\x12\x13\n\x0btotal_bytes\x18\x03 \x01(\x04\x42\x08\n\x06output\"\x1f\n\x0fGetImageRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\":\n\x11ListImagesRequest\x12\x11\n\tpage_size\x18\x01 \x01(\x05\x12\x12\n\npage_token\x18\x02 \x01(\t\"k\n\x12ListImagesResponse\x12\"\n\x06images\x18\x01 \x03(\x0b\x32\x12.sandloom.v1.Image\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\x12\x18\n\x10resource_version\x18\x03 \x01(\x03\"9\n\x12\x44\x65leteImageRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x15\n\rallow_missing\x18\x02 \x01(\x08\"\x15\n\x13\x44\x65leteImageResponse2\xbd\x02\n\x06Images\x12T\n\x0bImportImage\x12\x1f.sandloom.v1.ImportImageRequest\x1a .sandloom.v1.ImportImageResponse(\x01\x30\x01\x12<\n\x08GetImage\x12\x1c.sandloom.v1.GetImageRequest\x1a\x12.sandloom.v1.Image\x12M\n\nListImages\x12\x1e.sandloom.v1.ListImagesRequest\x1a\x1f.sandloom.v1.ListImagesResponse\x12P\n\x0b\x44\x65leteImage\x12\x1f.sandloom.v1.DeleteImageRequest\x1a .sandloom.v1.DeleteImageResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n controlplane/api/v1/images.proto\x12\x0bsandloom.v1\x1a\x1fgoogle/protobuf/timestamp.proto\"W\n\x05Layer\x12\x0e\n\x06\x64igest\x18\x01 \x01(\t\x12\x12\n\nsize_bytes\x18\x02 \x01(\x04\x12\x15\n\rsource_digest\x18\x03 \x01(\t\x12\x13\n\x0bvolume_uuid\x18\x04 \x01(\t\"\xa9\x01\n\x0bImageConfig\x12\x12\n\nentrypoint\x18\x01 \x03(\t\x12\x0b\n\x03\x63md\x18\x02 \x03(\t\x12.\n\x03\x65nv\x18\x03 \x03(\x0b\x32!.sandloom.v1.ImageConfig.EnvEntry\x12\x0f\n\x07workdir\x18\x04 \x01(\t\x12\x0c\n\x04user\x18\x05 \x01(\t\x1a*\n\x08\x45nvEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"\x80\x02\n\x05Image\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06\x64igest\x18\x02 \x01(\t\x12\"\n\x06layers\x18\x03 \x03(\x0b\x32\x12.sandloom.v1.Layer\x12(\n\x06\x63onfig\x18\x04 \x01(\x0b\x32\x18.sandloom.v1.ImageConfig\x12\x12\n\nsize_bytes\x18\x05 \x01(\x04\x12.\n\ncreated_at\x18\x06 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\r\n\x05hosts\x18\x07 \x03(\t\x12\x0e\n\x06tenant\x18\x08 \x01(\t\x12\x0e\n\x06\x66ormat\x18\t \x01(\t\x12\x18\n\x10resource_version\x18\n \x01(\x03\"\xbd\x01\n\x12ImportImageRequest\x12\x36\n\x05start\x18\x01 \x01(\x0b\x32%.sandloom.v1.ImportImageRequest.StartH\x00\x12\x0f\n\x05\x63hunk\x18\x02 \x01(\x0cH\x00\x1aU\n\x05Start\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x13\n\x0btotal_bytes\x18\x02 \x01(\x04\x12\x0c\n\x04host\x18\x03 \x01(\t\x12\x0b\n\x03\x63md\x18\x04 \x03(\t\x12\x0e\n\x06tenant\x18\x05 \x01(\tB\x07\n\x05input\"\xc6\x01\n\x13ImportImageResponse\x12=\n\x08progress\x18\x01 \x01(\x0b\x32).sandloom.v1.ImportImageResponse.ProgressH\x00\x12#\n\x05image\x18\x02 \x01(\x0b\x32\x12.sandloom.v1.ImageH\x00\x1a\x41\n\x08Progress\x12\x0c\n\x04step\x18\x01 \x01(\t\x12\x12\n\ndone_bytes\x18\x02 \x01(\x04\x12\x13\n\x0btotal_bytes\x18\x03 \x01(\x04\x42\x08\n\x06output\"Q\n\x10PullImageRequest\x12\x11\n\treference\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\x0c\n\x04host\x18\x03 \x01(\t\x12\x0e\n\x06tenant\x18\x04 \x01(\t\"\x1f\n\x0fGetImageRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\":\n\x11ListImagesRequest\x12\x11\n\tpage_size\x18\x01 \x01(\x05\x12\x12\n\npage_token\x18\x02 \x01(\t\"k\n\x12ListImagesResponse\x12\"\n\x06images\x18\x01 \x03(\x0b\x32\x12.sandloom.v1.Image\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\x12\x18\n\x10resource_version\x18\x03 \x01(\x03\"9\n\x12\x44\x65leteImageRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x15\n\rallow_missing\x18\x02 \x01(\x08\"\x15\n\x13\x44\x65leteImageResponse2\x8d\x03\n\x06Images\x12T\n\x0bImportImage\x12\x1f.sandloom.v1.ImportImageRequest\x1a .sandloom.v1.ImportImageResponse(\x01\x30\x01\x12N\n\tPullImage\x12\x1d.sandloom.v1.PullImageRequest\x1a .sandloom.v1.ImportImageResponse0\x01\x12<\n\x08GetImage\x12\x1c.sandloom.v1.GetImageRequest\x1a\x12.sandloom.v1.Image\x12M\n\nListImages\x12\x1e.sandloom.v1.ListImagesRequest\x1a\x1f.sandloom.v1.ListImagesResponse\x12P\n\x0b\x44\x65leteImage\x12\x1f.sandloom.v1.DeleteImageRequest\x1a .sandloom.v1.DeleteImageResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -50,16 +50,18 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_IMPORTIMAGERESPONSE']._serialized_end=993
   _globals['_IMPORTIMAGERESPONSE_PROGRESS']._serialized_start=918
   _globals['_IMPORTIMAGERESPONSE_PROGRESS']._serialized_end=983
-  _globals['_GETIMAGEREQUEST']._serialized_start=995
-  _globals['_GETIMAGEREQUEST']._serialized_end=1026
-  _globals['_LISTIMAGESREQUEST']._serialized_start=1028
-  _globals['_LISTIMAGESREQUEST']._serialized_end=1086
-  _globals['_LISTIMAGESRESPONSE']._serialized_start=1088
-  _globals['_LISTIMAGESRESPONSE']._serialized_end=1195
-  _globals['_DELETEIMAGEREQUEST']._serialized_start=1197
-  _globals['_DELETEIMAGEREQUEST']._serialized_end=1254
-  _globals['_DELETEIMAGERESPONSE']._serialized_start=1256
-  _globals['_DELETEIMAGERESPONSE']._serialized_end=1277
-  _globals['_IMAGES']._serialized_start=1280
-  _globals['_IMAGES']._serialized_end=1597
+  _globals['_PULLIMAGEREQUEST']._serialized_start=995
+  _globals['_PULLIMAGEREQUEST']._serialized_end=1076
+  _globals['_GETIMAGEREQUEST']._serialized_start=1078
+  _globals['_GETIMAGEREQUEST']._serialized_end=1109
+  _globals['_LISTIMAGESREQUEST']._serialized_start=1111
+  _globals['_LISTIMAGESREQUEST']._serialized_end=1169
+  _globals['_LISTIMAGESRESPONSE']._serialized_start=1171
+  _globals['_LISTIMAGESRESPONSE']._serialized_end=1278
+  _globals['_DELETEIMAGEREQUEST']._serialized_start=1280
+  _globals['_DELETEIMAGEREQUEST']._serialized_end=1337
+  _globals['_DELETEIMAGERESPONSE']._serialized_start=1339
+  _globals['_DELETEIMAGERESPONSE']._serialized_end=1360
+  _globals['_IMAGES']._serialized_start=1363
+  _globals['_IMAGES']._serialized_end=1760
 # @@protoc_insertion_point(module_scope)

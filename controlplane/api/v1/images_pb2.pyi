@@ -275,6 +275,38 @@ class ImportImageResponse(_message.Message):
 Global___ImportImageResponse: _TypeAlias = ImportImageResponse  # noqa: Y015
 
 @_typing.final
+class PullImageRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REFERENCE_FIELD_NUMBER: _builtins.int
+    NAME_FIELD_NUMBER: _builtins.int
+    HOST_FIELD_NUMBER: _builtins.int
+    TENANT_FIELD_NUMBER: _builtins.int
+    reference: _builtins.str
+    """REGISTRY/REPOSITORY[:TAG][@DIGEST]"""
+    name: _builtins.str
+    """what to bind it to"""
+    host: _builtins.str
+    """empty: the server chooses"""
+    tenant: _builtins.str
+    """set by the control plane"""
+    def __init__(
+        self,
+        *,
+        reference: _builtins.str = ...,
+        name: _builtins.str = ...,
+        host: _builtins.str = ...,
+        tenant: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["host", b"host", "name", b"name", "reference", b"reference", "tenant", b"tenant"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PullImageRequest: _TypeAlias = PullImageRequest  # noqa: Y015
+
+@_typing.final
 class GetImageRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 

@@ -39,6 +39,11 @@ class ImagesStub:
                 request_serializer=controlplane_dot_api_dot_v1_dot_images__pb2.ImportImageRequest.SerializeToString,
                 response_deserializer=controlplane_dot_api_dot_v1_dot_images__pb2.ImportImageResponse.FromString,
                 _registered_method=True)
+        self.PullImage = channel.unary_stream(
+                '/sandloom.v1.Images/PullImage',
+                request_serializer=controlplane_dot_api_dot_v1_dot_images__pb2.PullImageRequest.SerializeToString,
+                response_deserializer=controlplane_dot_api_dot_v1_dot_images__pb2.ImportImageResponse.FromString,
+                _registered_method=True)
         self.GetImage = channel.unary_unary(
                 '/sandloom.v1.Images/GetImage',
                 request_serializer=controlplane_dot_api_dot_v1_dot_images__pb2.GetImageRequest.SerializeToString,
@@ -65,6 +70,15 @@ class ImagesServicer:
         an existing name is bound anew. The first message must be `start`. Progress messages come before the image.
         Afterwards: every layer is published and verified on the host, or nothing is.
         Errors: INVALID_ARGUMENT (what is wrong in the archive), RESOURCE_EXHAUSTED (disk, with numbers), ABORTED.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def PullImage(self, request, context):
+        """Has a host fetch an image from a registry and binds it to a name, as ImportImage does with an upload. Idempotent:
+        the same image gives the same digest. Errors: INVALID_ARGUMENT (the reference), PERMISSION_DENIED (RegistryNotAllowed:
+        hosts fetch only from registries that their operator named), UNAVAILABLE (the registry), RESOURCE_EXHAUSTED.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -98,6 +112,11 @@ def add_ImagesServicer_to_server(servicer, server):
             'ImportImage': grpc.stream_stream_rpc_method_handler(
                     servicer.ImportImage,
                     request_deserializer=controlplane_dot_api_dot_v1_dot_images__pb2.ImportImageRequest.FromString,
+                    response_serializer=controlplane_dot_api_dot_v1_dot_images__pb2.ImportImageResponse.SerializeToString,
+            ),
+            'PullImage': grpc.unary_stream_rpc_method_handler(
+                    servicer.PullImage,
+                    request_deserializer=controlplane_dot_api_dot_v1_dot_images__pb2.PullImageRequest.FromString,
                     response_serializer=controlplane_dot_api_dot_v1_dot_images__pb2.ImportImageResponse.SerializeToString,
             ),
             'GetImage': grpc.unary_unary_rpc_method_handler(
@@ -142,6 +161,33 @@ class Images:
             target,
             '/sandloom.v1.Images/ImportImage',
             controlplane_dot_api_dot_v1_dot_images__pb2.ImportImageRequest.SerializeToString,
+            controlplane_dot_api_dot_v1_dot_images__pb2.ImportImageResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def PullImage(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/sandloom.v1.Images/PullImage',
+            controlplane_dot_api_dot_v1_dot_images__pb2.PullImageRequest.SerializeToString,
             controlplane_dot_api_dot_v1_dot_images__pb2.ImportImageResponse.FromString,
             options,
             channel_credentials,

@@ -38,6 +38,11 @@ class ImagesStub:
     Afterwards: every layer is published and verified on the host, or nothing is.
     Errors: INVALID_ARGUMENT (what is wrong in the archive), RESOURCE_EXHAUSTED (disk, with numbers), ABORTED.
     """
+    PullImage: _grpc.UnaryStreamMultiCallable[_images_pb2.PullImageRequest, _images_pb2.ImportImageResponse]
+    """Has a host fetch an image from a registry and binds it to a name, as ImportImage does with an upload. Idempotent:
+    the same image gives the same digest. Errors: INVALID_ARGUMENT (the reference), PERMISSION_DENIED (RegistryNotAllowed:
+    hosts fetch only from registries that their operator named), UNAVAILABLE (the registry), RESOURCE_EXHAUSTED.
+    """
     GetImage: _grpc.UnaryUnaryMultiCallable[_images_pb2.GetImageRequest, _images_pb2.Image]
     """Read only. `name` is a name or a digest. NOT_FOUND."""
     ListImages: _grpc.UnaryUnaryMultiCallable[_images_pb2.ListImagesRequest, _images_pb2.ListImagesResponse]
@@ -56,6 +61,11 @@ class ImagesAsyncStub(ImagesStub):
     an existing name is bound anew. The first message must be `start`. Progress messages come before the image.
     Afterwards: every layer is published and verified on the host, or nothing is.
     Errors: INVALID_ARGUMENT (what is wrong in the archive), RESOURCE_EXHAUSTED (disk, with numbers), ABORTED.
+    """
+    PullImage: _aio.UnaryStreamMultiCallable[_images_pb2.PullImageRequest, _images_pb2.ImportImageResponse]  # type: ignore[assignment]
+    """Has a host fetch an image from a registry and binds it to a name, as ImportImage does with an upload. Idempotent:
+    the same image gives the same digest. Errors: INVALID_ARGUMENT (the reference), PERMISSION_DENIED (RegistryNotAllowed:
+    hosts fetch only from registries that their operator named), UNAVAILABLE (the registry), RESOURCE_EXHAUSTED.
     """
     GetImage: _aio.UnaryUnaryMultiCallable[_images_pb2.GetImageRequest, _images_pb2.Image]  # type: ignore[assignment]
     """Read only. `name` is a name or a digest. NOT_FOUND."""
@@ -78,6 +88,17 @@ class ImagesServicer(metaclass=_abc_1.ABCMeta):
         an existing name is bound anew. The first message must be `start`. Progress messages come before the image.
         Afterwards: every layer is published and verified on the host, or nothing is.
         Errors: INVALID_ARGUMENT (what is wrong in the archive), RESOURCE_EXHAUSTED (disk, with numbers), ABORTED.
+        """
+
+    @_abc_1.abstractmethod
+    def PullImage(
+        self,
+        request: _images_pb2.PullImageRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_images_pb2.ImportImageResponse], _abc.AsyncIterator[_images_pb2.ImportImageResponse]]:
+        """Has a host fetch an image from a registry and binds it to a name, as ImportImage does with an upload. Idempotent:
+        the same image gives the same digest. Errors: INVALID_ARGUMENT (the reference), PERMISSION_DENIED (RegistryNotAllowed:
+        hosts fetch only from registries that their operator named), UNAVAILABLE (the registry), RESOURCE_EXHAUSTED.
         """
 
     @_abc_1.abstractmethod

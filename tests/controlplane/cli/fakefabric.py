@@ -388,6 +388,18 @@ class FakeFabric(
         self.hosts[request.host.name] = request.host
         return hosts_pb2.ReportHostResponse(lease_s=30)
 
+    def LocateImage(self, request: Any, context: Any) -> hosts_pb2.LocateImageResponse:
+        return hosts_pb2.LocateImageResponse()
+
+    def ReportImage(self, request: Any, context: Any) -> hosts_pb2.ReportImageResponse:
+        return hosts_pb2.ReportImageResponse()
+
+    def PullImage(self, request: Any, context: Any) -> Iterator[images_pb2.ImportImageResponse]:
+        self.calls.append(("PullImage", request))
+        progress = images_pb2.ImportImageResponse.Progress(step="receive", done_bytes=5)
+        yield images_pb2.ImportImageResponse(progress=progress)
+        yield images_pb2.ImportImageResponse(image=images_pb2.Image(name=request.name, digest="sha256:" + "a" * 64))
+
     def WatchAssignments(self, request: Any, context: Any) -> Iterator[sandboxes_pb2.SandboxEvent]:
         yield from ()
 
