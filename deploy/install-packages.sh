@@ -8,7 +8,7 @@ case "${VERSION_ID:-}" in
 esac
 wanted="python3 python3-venv python3-dev gcc libc6-dev make git qemu-system-x86 erofs-utils $msgpack pkg-config
     util-linux cpio clang-format mmdebstrap debian-archive-keyring libasan8 libubsan1 attr busybox-static skopeo umoci
-    crun runsc iproute2 nftables etcd-server"
+    crun runsc iproute2 nftables etcd-server docker-registry"
 missing=""
 for package in $wanted; do
     dpkg-query -W -f '${db:Status-Status}' "$package" 2>/dev/null | grep -qx installed || missing="$missing $package"
