@@ -18,6 +18,7 @@ from controlplane.cli import (
     join,
     logs,
     plan,
+    plancalibrate,
     planreplay,
     planrightsize,
     planwhatif,
@@ -90,6 +91,7 @@ ALL: tuple[AnyCommand, ...] = (
     planreplay.COMMAND,
     planrightsize.COMMAND,
     planwhatif.COMMAND,
+    plancalibrate.COMMAND,
     version.COMMAND,
 )
 
