@@ -197,6 +197,12 @@ def test_etcd_is_configured_by_its_endpoints_and_how_it_lets_us_in(tmp_path: Pat
         etcd_access(loaded)
 
 
+def test_the_example_configuration_is_one() -> None:
+    loaded = config.load(Path(__file__).parents[2] / "deploy" / "controlplane-etcd.toml")
+    assert len(loaded.etcd_endpoints) == 3
+    assert (loaded.etcd_cert is not None, loaded.name, loaded.sqlite_path) == (True, "cp-1", None)
+
+
 @pytest.mark.parametrize(
     ("change", "text"),
     [
