@@ -38,13 +38,14 @@ class Explanation:
 
 
 def explain(
-    sandbox: Sandbox, states: Sequence[HostState], *, most: int, policy: Policy = DEFAULT_POLICY
-) -> Explanation:
+    sandbox: Sandbox, states: Sequence[HostState], *, most: int, policy: Policy = DEFAULT_POLICY,
+    expected: scheduler.Expected = scheduler.NOTHING_MEASURED,
+) -> Explanation:  # fmt: skip
     """Everything there is to say; at most `most` hosts by name."""
     others = states
     if sandbox.host:  # what it takes itself must not stand in its own way
         others = [state for state in states if state.name != sandbox.host]
-    demand = scheduler.demand_of(sandbox)
+    demand = scheduler.demand_of(sandbox, expected)
     wanted = (demand.tenant, demand.image_digest)
     held = not sandbox.only_host and any(state.ready and wanted in state.images for state in states)
     verdicts = verdicts_of(replace(demand, fetchable=held), others, policy)

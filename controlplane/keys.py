@@ -14,6 +14,7 @@ members/<host>                       Member; outlives the host as a tombstone
 alive/<host>                         present as long as the host's lease is
 tenants/<tenant>                     Tenant
 quotas/<tenant>                      nothing; written by every decision on the tenant's quota (admission.py)
+uses/<tenant>/<digest>               Use         what sandboxes of an image were measured to use
 events/<time_ns>-<random>            Event
 sync                                 nothing; written to make a revision of ours (view.py)
 leader                               name of the replica that leads, under its lease; its revision is the term
@@ -27,6 +28,18 @@ SANDBOXES, UIDS, NAMES, REQUESTS = "sandboxes/", "uids/", "names/", "requests/"
 IMAGES, IMAGE_REMOVAL, RESIDENCY = "images/", "image-removal/", "residency/"
 HOSTS, ALIVE, QUOTAS, EVENTS = "hosts/", "alive/", "quotas/", "events/"
 POOLS, TENANTS, MEMBERS, JOINS = "pools/", "tenants/", "members/", "joins/"
+USES = "uses/"
+
+
+def use(tenant: str, digest: str) -> str:
+    """The key of a workload's measured use."""
+    return f"{USES}{tenant}/{digest}"
+
+
+def split_use(key: str) -> tuple[str, str]:
+    """(tenant, digest) of a use's key."""
+    tenant, _, digest = key.removeprefix(USES).partition("/")
+    return tenant, digest
 
 
 def sandboxes_of(tenant: str) -> str:

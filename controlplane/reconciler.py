@@ -22,6 +22,7 @@ from controlplane.model import DesiredState, Event, Phase, Residency, Sandbox
 from controlplane.records import Records
 from controlplane.relay import HostLinks, answer
 from controlplane.requests import UsedRequest
+from controlplane.sampling import Sampler
 from controlplane.sandboxes import Sandboxes
 from controlplane.store.contract import Delete, Store
 from controlplane.view import View
@@ -62,6 +63,7 @@ class Reconciler:
         self._lost_since_s: dict[str, float] = {}
         self._marks: list[tuple[float, int]] = []
         self._requests_due_s = 0.0
+        self._sampler = Sampler(store, view, links, now_s=now_s)
 
     async def run(self) -> None:
         """Until cancelled. Begins with nothing remembered: while another one led, or nobody, hosts came and went."""
@@ -73,6 +75,7 @@ class Reconciler:
             images = self._rounds(self._forget_images, gather_s=IMAGES_GATHER_S)  # may wait for hosts
             group.create_task(images, name="images")
             group.create_task(self._every(HOUSE_S, self._keep_house), name="housekeeper")
+            group.create_task(self._sampler.run(), name="sampler")
 
     async def _rounds(self, *steps: Callable[[], Awaitable[None]], gather_s: float = GATHER_S) -> None:
         while True:

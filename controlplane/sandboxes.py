@@ -58,7 +58,7 @@ class Sandboxes:
 
     def explain(self, sandbox: Sandbox, *, most: int) -> Explanation:
         """Why it is where it is, or what hosts lack for it, by the present view."""
-        return explain(sandbox, self._view.survey(), most=most)
+        return explain(sandbox, self._view.survey(), most=most, expected=self._view.measured.expected)
 
     # Changing.
 

@@ -22,6 +22,7 @@ from controlplane.model import Host, Image, Pool, Residency, Sandbox
 from controlplane.scheduler import HostState
 from controlplane.store.contract import Batch, Put, Record, Store
 from controlplane.tenancy import Tenant
+from controlplane.usage import Measured, Use
 
 log = logging.getLogger("sandloom.controlplane.view")
 
@@ -37,6 +38,7 @@ MIRRORED = (
     keys.RESIDENCY,
     keys.SANDBOXES,
     keys.TENANTS,
+    keys.USES,
 )
 RETRY_S = 0.5
 NUDGE_S = 1.0
@@ -91,6 +93,7 @@ class View:
         self.pools: dict[str, Pool] = {}  # by key
         self.members: dict[str, Member] = {}  # those that have a record
         self.tenants: dict[str, Tenant] = {}  # those that have a record
+        self.measured = Measured(scheduler.DEFAULT_POLICY.quantile)
         self._followers: set[Changed] = set()
         self._moved = asyncio.Event()
         self._nudging = False
@@ -205,7 +208,8 @@ class View:
         if name in self._assumed_on:
             there = [*there, *self._assumed_on[name].values()]
         held = self._held.get(name, {}).values()
-        return scheduler.host_state(host, name in self.alive, there, held, cordoned=not self.member(name).takes_new)
+        cordoned = not self.member(name).takes_new
+        return scheduler.host_state(host, name in self.alive, there, held, self.measured.expected, cordoned=cordoned)
 
     def pool_of_member(self, uid: str) -> Pool | None:
         """The pool that a row of the ledger is a member of: hosts name members pool-<uid of the pool>-<number>."""
@@ -237,7 +241,7 @@ class View:
         self.alive.clear()
         self.lost.clear()
         before, self.sandboxes = self.sandboxes, {}
-        for index in (self._by_host, self._by_tenant, self._leaving, self._held, self._holders):
+        for index in (self._by_host, self._by_tenant, self._leaving, self._held, self._holders, self.measured):
             index.clear()
         self.census.clear()
         self.open_ends.clear()
@@ -278,6 +282,8 @@ class View:
             elif key.startswith(keys.MEMBERS):
                 self.members[key.removeprefix(keys.MEMBERS)] = codec.decode(Member, value, key, revision=revision)
                 self.census.touch(key.removeprefix(keys.MEMBERS))
+            elif key.startswith(keys.USES):
+                self._set_use(keys.split_use(key), codec.decode(Use, value, key, revision=revision))
             elif key.startswith(keys.TENANTS):
                 self.tenants[key.removeprefix(keys.TENANTS)] = codec.decode(Tenant, value, key, revision=revision)
             elif key.startswith(keys.RESIDENCY):
@@ -318,6 +324,8 @@ class View:
         elif key.startswith(keys.MEMBERS):
             self.members.pop(key.removeprefix(keys.MEMBERS), None)
             self.census.touch(key.removeprefix(keys.MEMBERS))
+        elif key.startswith(keys.USES):
+            self._set_use(keys.split_use(key), None)
         elif key.startswith(keys.TENANTS):
             self.tenants.pop(key.removeprefix(keys.TENANTS), None)
         else:
@@ -344,6 +352,12 @@ class View:
         sandbox = replace(assumed[0], revision=revision)  # it is what was assumed, and has been counted as such
         self._count_no_more(sandbox)
         self._set_sandbox(sandbox, counted=uid not in self.sandboxes)
+
+    def _set_use(self, workload: tuple[str, str], use: Use | None) -> None:
+        if self.measured.put(workload, use):
+            for sandbox in self.of_tenant(workload[0]):
+                if sandbox.spec.image_digest == workload[1]:
+                    self.census.touch(sandbox.host)
 
     def _set_sandbox(self, sandbox: Sandbox, *, counted: bool = False) -> None:
         self._drop_sandbox(sandbox.uid)

@@ -1,10 +1,10 @@
 """What a workload's memory should be, from what it was seen to use. Pure.
 
-Samples go into a histogram whose buckets grow by 5 %, so that a quantile is right to 5 %, and count for less the older
-they are: a sample loses half of its weight in HALF_LIFE_S. The target is the 90th percentile with a margin; the bounds
-are the 50th and the 95th, further apart the less history there is, as is usual for autoscalers (Kubernetes' VPA): with
-a day of samples they are twice as far from the truth as they may be, with a month hardly. A workload that peaks above
-its target's bounds keeps its peak as ceiling.
+Samples go into a histogram (controlplane/usage.py) whose buckets grow by 5 %, so that a quantile is right to 5 %, and
+count for less the older they are: a sample loses half of its weight in HALF_LIFE_S. The target is the 90th percentile
+with a margin; the bounds are the 50th and the 95th, further apart the less history there is, as is usual for
+autoscalers (Kubernetes' VPA): with a day of samples they are twice as far from the truth as they may be, with a month
+hardly. A workload that peaks above its target's bounds keeps its peak as ceiling.
 """
 
 from __future__ import annotations
@@ -16,9 +16,8 @@ from pathlib import Path
 
 from controlplane.capacity.trace import Fields, read_rows
 from controlplane.errors import ConfigError
+from controlplane.usage import HALF_LIFE_S, bucket_of, quantile_mib
 
-FIRST_MIB, GROWTH = 1.0, 1.05
-HALF_LIFE_S = 86_400.0
 MARGIN = 1.15
 COLUMNS = ("workload", "time_s", "memory_mib")
 
@@ -47,29 +46,6 @@ class Size:
     age_s: float
 
 
-class Histogram:
-    """Weights by exponential buckets."""
-
-    def __init__(self) -> None:
-        self._weights: dict[int, float] = {}
-        self._total = 0.0
-
-    def add(self, value_mib: float, weight: float) -> None:
-        """One sample."""
-        bucket = 0 if value_mib <= FIRST_MIB else math.ceil(math.log(value_mib / FIRST_MIB, GROWTH) - 1e-9)
-        self._weights[bucket] = self._weights.get(bucket, 0.0) + weight
-        self._total += weight
-
-    def quantile(self, share: float) -> float:
-        """The upper edge of the bucket in which it lies; 0 without samples."""
-        upto = 0.0
-        for bucket in sorted(self._weights):
-            upto += self._weights[bucket]
-            if upto >= share * self._total * (1 - 1e-9):
-                return FIRST_MIB * GROWTH**bucket
-        return 0.0
-
-
 def rightsize(samples: Iterable[Sample], now_s: float | None = None) -> list[Size]:
     """A size for each workload, by name. `now_s`: the newest sample's time unless given."""
     by_name: dict[str, list[Sample]] = {}
@@ -81,15 +57,16 @@ def rightsize(samples: Iterable[Sample], now_s: float | None = None) -> list[Siz
 
 
 def _size(name: str, samples: list[Sample], now_s: float) -> Size:
-    histogram = Histogram()
+    weights: dict[int, float] = {}
     for sample in samples:
-        histogram.add(sample.memory_mib, sample.weight * 0.5 ** ((now_s - sample.time_s) / HALF_LIFE_S))
+        bucket = bucket_of(sample.memory_mib)
+        weights[bucket] = weights.get(bucket, 0.0) + sample.weight * 0.5 ** ((now_s - sample.time_s) / HALF_LIFE_S)
     oldest_s, newest_s = min(s.time_s for s in samples), max(s.time_s for s in samples)
     span_s, count = newest_s - oldest_s, sum(s.weight for s in samples)
     confidence = max(min(span_s / 86_400, count / 1440), 1e-3)  # days, at one sample a minute
-    target = histogram.quantile(0.9) * MARGIN
-    lower = min(target, histogram.quantile(0.5) * MARGIN * (1 + 0.001 / confidence) ** -2)
-    upper = max(target, histogram.quantile(0.95) * MARGIN * (1 + 1 / confidence))
+    target = quantile_mib(weights, 0.9) * MARGIN
+    lower = min(target, quantile_mib(weights, 0.5) * MARGIN * (1 + 0.001 / confidence) ** -2)
+    upper = max(target, quantile_mib(weights, 0.95) * MARGIN * (1 + 1 / confidence))
     peak = max(s.memory_mib for s in samples)
     return Size(
         name, math.ceil(lower), math.ceil(target), math.ceil(min(upper, 16 * peak)), math.ceil(peak), round(count),
