@@ -8,7 +8,7 @@ PROTOS := $(wildcard controlplane/api/v1/*.proto)
 C_FILES := $(shell git ls-files '*.c' '*.h' 2>/dev/null)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-quick soak-unique lint bench bench-sharing bench-start bench-clone bench-erofs bench-balloon-host bench-classes bench-pool bench-fork bench-fabric bench-scale bench-plan proto clean
+.PHONY: help setup demo test test-quick soak-unique lint bench bench-sharing bench-start bench-clone bench-erofs bench-balloon-host bench-classes bench-pool bench-fork bench-fabric bench-scale bench-plan bench-elastic proto clean
 
 help: ## show this help
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -40,7 +40,7 @@ lint: setup ## ruff, strict mypy, clang-format
 	$(BIN)/mypy
 	clang-format --dry-run --Werror $(C_FILES)
 
-bench: bench-erofs bench-sharing bench-start bench-clone bench-balloon-host bench-classes bench-pool bench-fork bench-fabric bench-plan ## every benchmark: a table and a JSON line each
+bench: bench-erofs bench-sharing bench-start bench-clone bench-balloon-host bench-classes bench-pool bench-fork bench-fabric bench-plan bench-elastic ## every benchmark: a table and a JSON line each
 
 bench-erofs: setup ## layer conversion against tar -x and mkfs.erofs
 	$(BIN)/python -m tests.bench.bench_erofs
@@ -62,6 +62,9 @@ bench-classes: setup ## user-kernel and host-kernel sandboxes against bare runsc
 
 bench-pool: setup ## a warm pool's claim against a clone, to the first byte of a command, with the account of it
 	$(BIN)/python -m tests.bench.bench_pool
+
+bench-elastic: setup ## taking memory from guests and giving it back: the balloon against virtio-balloon and virtio-mem
+	$(BIN)/python -m tests.bench.bench_elastic
 
 bench-fork: setup ## 20 forks of a sandbox with 512 MiB in use: memory, and the first one against QEMU's ordinary restore
 	$(BIN)/python -m tests.bench.bench_fork

@@ -20,6 +20,7 @@ from dataclasses import replace
 
 from controlplane import codec, keys, lifecycle, names, placing
 from controlplane.admission import Admission
+from controlplane.api.vcpus import vcpu_ceiling
 from controlplane.errors import AlreadyExists, Conflict, Exhausted, Invalid, NotFound, OperationError, StoreError
 from controlplane.images import Images
 from controlplane.leadership import Leadership
@@ -119,7 +120,7 @@ class Creator:
             tenant=tenant,
             spec=spec,
             created_at_s=self._now_s(),
-            vcpus=spec.resources.vcpus,
+            vcpus=vcpu_ceiling(spec.resources.vcpus),
             layers=layers,
         )
 

@@ -156,6 +156,8 @@ class SandboxStatus:
     observed_epoch: int = 0
     restarts_of_host: int = 0
     address: str = ""
+    vcpus: int = 0
+    vcpus_max: int = 0
 
 
 @dataclass(frozen=True)
@@ -346,6 +348,7 @@ class Host:
     guest_kernel_version: str = ""
     qemu_version: str = ""
     cgroup_version: str = ""
+    elastic_memory: str = ""
     image_digests: tuple[str, ...] = ()
     sandboxes: int = 0
     pools: tuple[HostPool, ...] = ()

@@ -114,7 +114,7 @@ def _require_within(sandbox: Sandbox, sizes: Resources) -> None:
     if sizes.vcpus > sandbox.vcpus:
         raise Precondition(
             "AboveCeiling",
-            f"{sizes.cpu_milli / 1000:g} CPUs are above the {sandbox.vcpus} that sandbox {sandbox.name} started with",
+            f"{sizes.cpu_milli / 1000:g} CPUs are above the {sandbox.vcpus} that sandbox {sandbox.name} has room for",
             vcpus=sandbox.vcpus,
         )  # fmt: skip
     if sizes.memory_mib < sizes.memory_min_mib:

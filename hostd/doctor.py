@@ -26,6 +26,7 @@ from hostd.drivers.qemu.accel import TCG_NOTE, Verdict, cache_path, cached, deci
 from hostd.drivers.qemu.command import GuestShape
 from hostd.errors import ConfigError, HostdError
 from hostd.kernel import META_PACKAGE, extract, fetch, package_name
+from hostd.memory import elasticfile
 from hostd.spec import MIN_BASE_RAM_MIB, MemoryShape
 
 KSM_RUN = Path("/sys/kernel/mm/ksm/run")
@@ -124,14 +125,9 @@ def check_residency() -> Check:
 
 
 def check_huge_tmpfs() -> Check:
-    """Whether shared memory may be huge, which makes taking memory back far cheaper."""
-    try:
-        text = Path("/sys/kernel/mm/transparent_hugepage/shmem_enabled").read_text()
-    except OSError:
-        return Check("huge shared memory", "warn", "this kernel has no huge pages for shared memory")
-    denied = "[deny]" in text
-    detail = "denied by shmem_enabled" if denied else "a tmpfs mounted huge=always gets huge pages"
-    return Check("huge shared memory", "warn" if denied else "ok", detail)
+    """Whether elastic memory stands on huge pages, which makes taking it back far cheaper. By trying."""
+    backing = elasticfile.probe()
+    return Check("elastic memory", "ok" if backing.huge else "warn", str(backing))
 
 
 def check_resources() -> Check:

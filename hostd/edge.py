@@ -120,6 +120,8 @@ def render_status(report: Report) -> sandboxes_pb2.SandboxStatus:
         accel=record.handle.accel if record.handle else "",
         host_pid=record.handle.pid if record.handle else 0,
         address=record.handle.address if record.handle else "",
+        vcpus=record.handle.vcpus if record.handle else 0,
+        vcpus_max=record.handle.ceiling_vcpus if record.handle else 0,
         observed_epoch=record.spec.epoch,
         restarts_of_host=record.adoptions,
         origin=record.origin,

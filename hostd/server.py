@@ -91,6 +91,7 @@ class Server:
             guest_kernel_version=self.chosen.guest_kernel_version,
             qemu_version=self.chosen.qemu_version,
             cgroup_version=self.chosen.cgroup_version,
+            elastic_memory=self.chosen.elastic_memory,
             runtime_address=self.address,
             image_digests=digests,
             sandboxes=len(live),

@@ -23,7 +23,6 @@ MEMORY_BLOCK_MIB = 128
 """x86-64 Linux onlines hot-plugged memory in blocks of this size (arch/x86/mm/init_64.c), and virtio-mem does not
 touch a block that its region holds only in part: the region is rounded up, so that the ceiling can be reached."""
 
-LEAST_VCPU_CEILING = 4
 _UID = re.compile(r"[A-Za-z0-9_-]{1,64}")
 _HOSTNAME = re.compile(r"[A-Za-z0-9]([A-Za-z0-9.-]{0,62}[A-Za-z0-9])?")
 
@@ -154,11 +153,6 @@ class SandboxSpec:
             raise InvalidSpec(f"hostname {self.hostname!r} is not 1-64 of [A-Za-z0-9.-]: choose another one")
         if not 0 <= self.stop_grace_s <= MAX_GRACE_S:
             raise InvalidSpec(f"a grace of {self.stop_grace_s:g} s is outside 0..{MAX_GRACE_S:g}")
-
-
-def vcpu_ceiling(vcpus: int) -> int:
-    """How many vCPUs a guest that starts with `vcpus` can be given at most: a power of two, no less than 4."""
-    return max(LEAST_VCPU_CEILING, 1 << (vcpus - 1).bit_length())
 
 
 @dataclass(frozen=True)

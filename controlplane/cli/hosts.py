@@ -44,6 +44,7 @@ def columns(now_s: float) -> tuple[Column[Host], ...]:
         Column("KERNEL", lambda row: row.kernel_version, wide=True),
         Column("GUEST KERNEL", lambda row: row.guest_kernel_version, wide=True),
         Column("QEMU", lambda row: row.qemu_version, wide=True),
+        Column("ELASTIC MEMORY", lambda row: row.elastic_memory, wide=True),
         Column("CGROUPS", lambda row: row.cgroup_version, wide=True),
         Column("ADDRESS", lambda row: row.runtime_address, wide=True),
         Column("FEATURES", lambda row: ",".join(row.kernel_features), wide=True),

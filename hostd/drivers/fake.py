@@ -17,6 +17,7 @@ from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from controlplane.api.vcpus import vcpu_ceiling
 from hostd.drivers.contract import Driver, Engine, Exit, Loss, ProcessLink, Region, StartPlan
 from hostd.drivers.fakecheckpointing import FakeCheckpointing
 from hostd.drivers.fakemachine import MAIN, SIGKILL, FakeLink, FakeProcess, Machine, acknowledge, run
@@ -93,6 +94,7 @@ class FakeDriver:
                 resources.vcpus,
                 member=member,
                 checkpoint=checkpoint,
+                max_vcpus=vcpu_ceiling(resources.vcpus),
             )
             machine = Machine(plan.spec.uid, handle, resources, asyncio.get_running_loop().create_future())
             machine.actual_mib = shape.base_mib + shape.requested_mib(resources.memory_mib)
@@ -222,7 +224,7 @@ class FakeEngine:
             cause = held if self._follows() else late
         moved_mib = actual_mib - before_mib
         moved = (Moved(Mechanism.VIRTIO_MEM, moved_mib, loop.time() - machine.asked_at_s),) if moved_mib else ()
-        vcpus = min(self.handle.vcpus, resources.vcpus)
+        vcpus = min(self.handle.ceiling_vcpus, resources.vcpus)
         return Resized(actual_mib, abs(wanted_mib - actual_mib), cause, moved, vcpus, cause.value if cause else "")
 
     def memory_events(self) -> AsyncIterator[MemoryEvent]:

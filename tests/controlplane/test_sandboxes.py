@@ -374,7 +374,7 @@ async def test_a_resize_is_a_target_that_the_host_then_meets(plane: Plane) -> No
     [
         ({}, Condition.INVALID, "nothing to change"),
         ({"memory_mib": 1025}, Condition.PRECONDITION, "1024 MiB"),
-        ({"cpu_milli": 1001}, Condition.PRECONDITION, "started with"),
+        ({"cpu_milli": 4001}, Condition.PRECONDITION, "has room for"),
         ({"memory_mib": 100}, Condition.INVALID, "guaranteed 256"),
         ({"memory_min_mib": 300}, Condition.INVALID, "below the guaranteed 300"),
     ],

@@ -449,7 +449,7 @@ async def test_above_the_ceiling_is_infeasible_and_the_next_one_is_judged_by_the
         assert sandbox.resize is not None
         assert sandbox.resize.state is ResizeState.INFEASIBLE
         assert "1024 MiB" in sandbox.resize.message
-    host.want(sandbox, DesiredState.RUNNING, resources=Resources(256, 1024, 256, 3000))
+    host.want(sandbox, DesiredState.RUNNING, resources=Resources(256, 1024, 256, 4001))
     await until(lambda: sandbox.resize is not None and "vCPU" in sandbox.resize.message)
     host.want(sandbox, DesiredState.RUNNING, resources=Resources(256, 1024, 512, 1000))
     await until(lambda: sandbox.resize is not None and sandbox.resize.state is ResizeState.DONE)

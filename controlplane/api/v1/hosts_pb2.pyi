@@ -164,6 +164,7 @@ class Host(_message.Message):
     RESOURCE_VERSION_FIELD_NUMBER: _builtins.int
     POOLS_FIELD_NUMBER: _builtins.int
     KERNEL_FEATURES_FIELD_NUMBER: _builtins.int
+    ELASTIC_MEMORY_FIELD_NUMBER: _builtins.int
     RESIDENT_FIELD_NUMBER: _builtins.int
     BLOCKERS_FIELD_NUMBER: _builtins.int
     LABELS_FIELD_NUMBER: _builtins.int
@@ -185,6 +186,8 @@ class Host(_message.Message):
     """where HostRuntime is served"""
     sandboxes: _builtins.int
     resource_version: _builtins.int
+    elastic_memory: _builtins.str
+    """what guests' elastic memory stands on: huge pages or 4 KiB ones, and why"""
     smt: _builtins.bool
     """hyperthreads are on"""
     @_builtins.property
@@ -241,6 +244,7 @@ class Host(_message.Message):
         resource_version: _builtins.int = ...,
         pools: _abc.Iterable[_pools_pb2.PoolReport] | None = ...,
         kernel_features: _abc.Iterable[_builtins.str] | None = ...,
+        elastic_memory: _builtins.str = ...,
         resident: _abc.Iterable[Global___ResidentObjects] | None = ...,
         blockers: _abc.Iterable[Global___DrainBlocker] | None = ...,
         labels: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
@@ -249,7 +253,7 @@ class Host(_message.Message):
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["capacity", b"capacity", "last_seen", b"last_seen"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["accel", b"accel", "blockers", b"blockers", "capacity", b"capacity", "cgroup_version", b"cgroup_version", "classes", b"classes", "guest_kernel_version", b"guest_kernel_version", "image_digests", b"image_digests", "isolation_note", b"isolation_note", "kernel_features", b"kernel_features", "kernel_version", b"kernel_version", "labels", b"labels", "last_seen", b"last_seen", "name", b"name", "pools", b"pools", "qemu_version", b"qemu_version", "resident", b"resident", "resource_version", b"resource_version", "runtime_address", b"runtime_address", "sandboxes", b"sandboxes", "smt", b"smt", "state", b"state", "taints", b"taints"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["accel", b"accel", "blockers", b"blockers", "capacity", b"capacity", "cgroup_version", b"cgroup_version", "classes", b"classes", "elastic_memory", b"elastic_memory", "guest_kernel_version", b"guest_kernel_version", "image_digests", b"image_digests", "isolation_note", b"isolation_note", "kernel_features", b"kernel_features", "kernel_version", b"kernel_version", "labels", b"labels", "last_seen", b"last_seen", "name", b"name", "pools", b"pools", "qemu_version", b"qemu_version", "resident", b"resident", "resource_version", b"resource_version", "runtime_address", b"runtime_address", "sandboxes", b"sandboxes", "smt", b"smt", "state", b"state", "taints", b"taints"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

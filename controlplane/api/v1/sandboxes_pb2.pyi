@@ -566,6 +566,8 @@ class SandboxStatus(_message.Message):
     OBSERVED_EPOCH_FIELD_NUMBER: _builtins.int
     RESTARTS_OF_HOST_FIELD_NUMBER: _builtins.int
     ADDRESS_FIELD_NUMBER: _builtins.int
+    VCPUS_FIELD_NUMBER: _builtins.int
+    VCPUS_MAX_FIELD_NUMBER: _builtins.int
     phase: Global___Phase.ValueType
     reason: _builtins.str
     """CamelCase, stable: ImageMissing, VmmExited, AgentLost, ..."""
@@ -585,6 +587,10 @@ class SandboxStatus(_message.Message):
     """how often hostd re-adopted it"""
     address: _builtins.str
     """IPv4, with NETWORK_VETH"""
+    vcpus: _builtins.int
+    """that it started with"""
+    vcpus_max: _builtins.int
+    """that it can be resized to while it runs"""
     @_builtins.property
     def resize(self) -> Global___ResizeStatus: ...
     @_builtins.property
@@ -611,10 +617,12 @@ class SandboxStatus(_message.Message):
         observed_epoch: _builtins.int = ...,
         restarts_of_host: _builtins.int = ...,
         address: _builtins.str = ...,
+        vcpus: _builtins.int = ...,
+        vcpus_max: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["finished_at", b"finished_at", "resize", b"resize", "started_at", b"started_at"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["accel", b"accel", "address", b"address", "exit_code", b"exit_code", "finished_at", b"finished_at", "has_exit_code", b"has_exit_code", "host_pid", b"host_pid", "message", b"message", "observed_epoch", b"observed_epoch", "origin", b"origin", "phase", b"phase", "reason", b"reason", "resize", b"resize", "restarts_of_host", b"restarts_of_host", "start_phases", b"start_phases", "started_at", b"started_at"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["accel", b"accel", "address", b"address", "exit_code", b"exit_code", "finished_at", b"finished_at", "has_exit_code", b"has_exit_code", "host_pid", b"host_pid", "message", b"message", "observed_epoch", b"observed_epoch", "origin", b"origin", "phase", b"phase", "reason", b"reason", "resize", b"resize", "restarts_of_host", b"restarts_of_host", "start_phases", b"start_phases", "started_at", b"started_at", "vcpus", b"vcpus", "vcpus_max", b"vcpus_max"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -26,6 +26,7 @@ from hostd.spec import MemoryShape
 
 ELASTIC_DEVICE = "vmem0"
 BALLOON_DEADLINE_S = 5.0
+SETTLE_S = 0.1
 PLUG_POLL_S, PLUG_STILL_S = 0.01, 3.0
 """virtio-mem is given up for now when nothing has moved for PLUG_STILL_S; a guest tries again by itself."""
 
@@ -58,6 +59,7 @@ class GuestMemory:
         self._balloon: Balloon | None = None
         self._looked = False
         self._pressed_at_s: float | None = None
+        self._unplugging = False
         self.refused_runs = 0
 
     # What there is.
@@ -124,6 +126,7 @@ class GuestMemory:
     async def act(self, step: Step, now: ElasticNow, accepted: Callable[[], None]) -> Did:
         """Carries a step out, as far as it goes; `accepted` is called when it is under way. ControlLost."""
         if step.mechanism is Mechanism.VIRTIO_MEM:
+            self._unplugging = step.mib < now.plugged_mib
             await self._control.request_elastic_mib(step.mib)
             accepted()
             return await self._until_plugged(step.mib, now)
@@ -135,6 +138,8 @@ class GuestMemory:
 
     async def _set_balloon(self, ballooned_mib: int, now: ElasticNow) -> Did:
         assert self._balloon is not None, "look() found it"
+        if self._unplugging and ballooned_mib >= now.ballooned_mib:
+            await self._stop_unplugging()
         try:
             outcome = await self._balloon.set(ballooned_mib // BLOCK_MIB, BALLOON_DEADLINE_S)
         except AgentLost as error:
@@ -152,7 +157,19 @@ class GuestMemory:
             at_mib = await self._control.elastic_mib()
             if at_mib != seen_mib:
                 seen_mib, still_since_s = at_mib, self._clock()
-        return Did(seen_mib - now.plugged_mib)
+        self._unplugging = self._unplugging and seen_mib != plugged_mib
+        did = Did(seen_mib - now.plugged_mib)
+        if did.moved_mib < 0 and now.ballooned_mib and now.punchable:
+            # Unplugging moves the balloon's blocks, too: the guest has others for them now, which the host still holds.
+            again = await self._set_balloon(now.ballooned_mib, now)
+            return Did(did.moved_mib, again.silent, again.problem)
+        return did
+
+    async def _stop_unplugging(self) -> None:
+        """A guest that goes on trying to unplug may move a block between telling of it and its being punched."""
+        await self._control.request_elastic_mib(await self._control.elastic_mib())
+        await asyncio.sleep(SETTLE_S)
+        self._unplugging = False
 
     def close(self) -> None:
         """Lets go of the elastic file. Idempotent."""

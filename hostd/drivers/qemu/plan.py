@@ -6,6 +6,7 @@ import hashlib
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from controlplane.api.vcpus import vcpu_ceiling
 from guestagent.messages import Configure
 from hostd.cgroups import Limits
 from hostd.drivers.contract import LayerFile, StartPlan
@@ -16,7 +17,7 @@ from hostd.drivers.qemu.template import (
     layers_bucket_mib,
     template_key,
 )
-from hostd.spec import BLOCK_MIB, MemoryShape, Resources, SandboxSpec, base_ram_mib, memory_shape, vcpu_ceiling
+from hostd.spec import BLOCK_MIB, MemoryShape, Resources, SandboxSpec, base_ram_mib, memory_shape
 
 VM_OVERHEAD_MIB = 256
 """Above guest RAM in the cgroup's hard limit: QEMU's heap, TCG's buffers, page tables. Not what a VM uses

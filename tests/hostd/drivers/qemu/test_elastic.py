@@ -18,6 +18,7 @@ from hostd.drivers.contract import Engine, StartPlan
 from hostd.drivers.qemu.engine import QemuEngine
 from hostd.errors import AgentLost
 from hostd.memory import elasticfile
+from hostd.memory.policy import Step
 from hostd.memory.values import Mechanism, MemoryEvent, MemoryEventKind, ShortfallCause
 from hostd.spec import Resources
 from tests.contract.driver_suite import Handles, command
@@ -130,6 +131,18 @@ class TestElastic:
         assert [(moved.mechanism, moved.mib) for moved in grown.moved] == [(Mechanism.BALLOON, TOUCHED_MIB)]
         await box.touch(64)  # it is there to be used, at once, and comes from the host anew
         assert (await box.engine.memory()).held_mib > small.held_mib
+
+    async def test_unplugging_moves_the_balloons_blocks_and_the_host_follows(self, box: Box) -> None:
+        """virtio-mem puts other frames in the place of those that the balloon has in what it unplugs."""
+        await box.resize(SMALL)
+        box.touch_all()
+        memory = box.engine._memory
+        now = (await memory.look())[1]
+        await memory.act(Step(Mechanism.VIRTIO_MEM, now.plugged_mib - 128), now, lambda: None)
+        after = await box.engine.memory()
+        assert after.plugged_mib == now.plugged_mib - 128 and after.ballooned_mib == TOUCHED_MIB
+        assert after.held_mib <= after.plugged_mib - TOUCHED_MIB + SLACK_MIB
+        await box.resize(BIG)
 
     async def test_signals_of_its_memory(self, box: Box) -> None:
         signals = (await box.engine.memory()).signals
