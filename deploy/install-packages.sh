@@ -22,9 +22,11 @@ if [ -n "$missing" ]; then
     apt-get update -qq
     # shellcheck disable=SC2086
     DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $missing >/dev/null
-    case "$missing" in # Debian starts it at once; tests and `dev up` start their own
-        *etcd-server*) if [ -d /run/systemd/system ]; then systemctl disable --now --quiet etcd.service; fi ;;
-    esac
+    for service in etcd docker-registry; do # Debian starts them at once; tests and `dev up` start their own
+        case "$missing" in
+            *"$service"*) if [ -d /run/systemd/system ]; then systemctl disable --now --quiet "$service.service"; fi ;;
+        esac
+    done
 elif ! apt-cache show linux-image-cloud-amd64 >/dev/null 2>&1; then
     apt-get update -qq # the guest kernel is fetched by package name
 fi

@@ -38,6 +38,7 @@ class ImportOptions:
     path: Path
     name: str
     cmd: tuple[str, ...]
+    host: str = ""
 
 
 @dataclass(frozen=True)
@@ -81,7 +82,7 @@ def parse_import(namespace: argparse.Namespace) -> ImportOptions:
         raise UsageError(
             "--cmd cannot be taken apart", f"{namespace.cmd!r} ({error})", "quote it as a shell"
         ) from error
-    return ImportOptions(namespace.path, namespace.name, cmd)
+    return ImportOptions(namespace.path, namespace.name, cmd, namespace.host)
 
 
 def act_import(options: ImportOptions, shell: Shell) -> int:
@@ -105,7 +106,9 @@ def _print(image: Image, shell: Shell) -> None:
 
 
 async def _import(fabric: Fabric, upload: archive.Upload, options: ImportOptions, shell: Shell) -> Image:
-    start = images_pb2.ImportImageRequest.Start(name=upload.name, total_bytes=upload.total_bytes, cmd=options.cmd)
+    start = images_pb2.ImportImageRequest.Start(
+        name=upload.name, total_bytes=upload.total_bytes, cmd=options.cmd, host=options.host
+    )
     call = open_stream(fabric.images.ImportImage)
     with Progress(quiet=shell.quiet) as progress:
         sender = asyncio.create_task(_send(call, start, upload, shell, progress))
@@ -237,6 +240,7 @@ async def _rm(fabric: Fabric, options: ImagesOptions, shell: Shell) -> int:
 def _configure_import(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("path", type=Path, metavar="PATH", help="an archive, an OCI layout folder, or - for stdin")
     parser.add_argument("--name", default="", help="the image's name; the file's unless given")
+    parser.add_argument("--host", default="", metavar="HOST", help="which host it goes to (operators only)")
     parser.add_argument("--cmd", default="", metavar="'PROGRAM ARG ...'", help="default command of a plain rootfs")
     add_output(parser, FORMATS)
 
