@@ -12,6 +12,7 @@ from controlplane.cli.command import Command, Shell, add_output
 from controlplane.cli.connection import stem_in
 from controlplane.cli.contexts import LOCAL, NamedContext
 from controlplane.cli.errors import CliError, UsageError
+from controlplane.cli.home import load_context
 from controlplane.cli.output import Column
 
 
@@ -70,7 +71,7 @@ def act_add(options: AddOptions, shell: Shell) -> int:
     folder = options.tls_dir.absolute()
     stem = stem_in(folder)
     made = NamedContext(
-        options.address,
+        options.address or load_context(shell.target.home).address,
         str(folder / "ca.crt"),
         str(folder / f"{stem}.crt"),
         str(folder / f"{stem}.key"),
@@ -94,12 +95,12 @@ def act_rm(name: str, shell: Shell) -> int:
 def _configure_add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("name", metavar="NAME", help="what to call it")
     parser.add_argument("--use", action="store_true", help="make it the current one")
-    # --address, --tls-dir and --tenant are options of every command; here they are what is kept
+    # --address (else that of HOME's fabric), --tls-dir and --tenant are every command's; here they are kept
 
 
 def _parse_add(namespace: argparse.Namespace) -> AddOptions:
-    if not namespace.address or namespace.tls_dir is None:
-        raise UsageError("a context needs an address and certificates", "", "give --address H:P and --tls-dir DIR")
+    if namespace.tls_dir is None:
+        raise UsageError("a context needs certificates", "", "give --tls-dir DIR")
     return AddOptions(namespace.name, namespace.address, namespace.tls_dir, namespace.tenant, namespace.use)
 
 
