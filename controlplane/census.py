@@ -54,6 +54,14 @@ class Census:
         self._unindexed.clear()
         return self._index
 
+    def settle(self, most: int) -> bool:
+        """Counts and indexes up to so many hosts of those that something changed on; whether there are more."""
+        stale, self._stale = self._stale, set(list(self._stale)[:most])
+        later = stale - self._stale
+        self.index()
+        self._stale |= later
+        return bool(later)
+
     def _recount(self) -> None:
         if not self._stale:
             return

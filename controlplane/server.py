@@ -179,7 +179,8 @@ async def running(config: Config, leadership: Leadership | None = None) -> Async
         ]
         address = f"{config.listen.rpartition(':')[0]}:{port}"
         try:
-            await plane.view.reached(1)
+            await plane.view.until(lambda: plane.view.revision or None)
+            gc.freeze()  # the view lives as long as the process
             await server.start()
             await plane.set_serving(True)
             async with _letting_join(plane, config.advertise or address):

@@ -14,13 +14,14 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import TypeVar
 
-from controlplane import codec, keys, lifecycle, scheduler
+from controlplane import keys, lifecycle, scheduler
 from controlplane.census import Census
 from controlplane.errors import BadState, Compacted, StoreError
 from controlplane.membership import Member
+from controlplane.mirrored import MIRRORED, parsed, parsed_all
 from controlplane.model import Host, Image, Pool, Residency, Sandbox
 from controlplane.scheduler import HostState
-from controlplane.store.contract import Batch, Put, Record, Store
+from controlplane.store.contract import Batch, Put, Store
 from controlplane.tenancy import Tenant
 from controlplane.usage import Measured, Use
 
@@ -28,18 +29,7 @@ log = logging.getLogger("sandloom.controlplane.view")
 
 T = TypeVar("T")
 PAGE_RECORDS = 1000
-MIRRORED = (
-    keys.ALIVE,
-    keys.HOSTS,
-    keys.IMAGES,
-    keys.MEMBERS,
-    keys.QUOTAS,
-    keys.POOLS,
-    keys.RESIDENCY,
-    keys.SANDBOXES,
-    keys.TENANTS,
-    keys.USES,
-)
+SETTLED_HOSTS = 200
 RETRY_S = 0.5
 NUDGE_S = 1.0
 
@@ -224,15 +214,15 @@ class View:
         return not self.alive.isdisjoint(self._holders.get((tenant, digest), ()))
 
     async def _load(self) -> None:
-        """Replaces everything by one revision of the store."""
-        records: list[Record] = []
+        """Replaces everything by one revision of the store. What takes long gives way to others now and then."""
+        found: list[tuple[str, object, int]] = []
         after, revision = "", 0
         for prefix in MIRRORED:
             after = ""
             while True:
                 page = await self._store.page(prefix, after=after, limit=PAGE_RECORDS, revision=revision)
                 revision = page.revision
-                records += page.records
+                found += parsed_all(page.records)
                 if not page.more:
                     break
                 after = page.records[-1].key
@@ -245,8 +235,14 @@ class View:
             index.clear()
         self.census.clear()
         self.open_ends.clear()
-        for record in records:
-            self._put(record.key, record.value, record.mod_revision)
+        for at, (key, value, mod_revision) in enumerate(found):
+            self._apply(key, value, mod_revision)
+            if not self.revision and at % PAGE_RECORDS == 0:  # nobody looks at it yet
+                await asyncio.sleep(0)
+        more = not self.revision
+        while more:
+            more = self.census.settle(SETTLED_HOSTS)
+            await asyncio.sleep(0)
         for uid in before:
             self._mark(uid)
         self._reach(revision)
@@ -269,32 +265,44 @@ class View:
             follower.add(uid)
 
     def _put(self, key: str, value: bytes, revision: int) -> None:
+        assumed = self._assumed.pop(keys.split_sandbox(key)[2], None) if key.startswith(keys.SANDBOXES) else None
+        if assumed is not None and assumed[1] == value:  # it is what was assumed, and has been counted as such
+            sandbox = replace(assumed[0], revision=revision)
+            self._count_no_more(sandbox)
+            self._set_sandbox(sandbox, counted=sandbox.uid not in self.sandboxes)
+            return
+        if assumed is not None:
+            self._count_no_more(assumed[0])
+            self.census.touch(assumed[0].host)
         try:
-            if key.startswith(keys.SANDBOXES):
-                self._put_sandbox(key, value, revision)
-            elif key.startswith(keys.HOSTS):
-                self.hosts[key.removeprefix(keys.HOSTS)] = codec.decode(Host, value, key, revision=revision)
-                self._look_at(key.removeprefix(keys.HOSTS))
-            elif key.startswith(keys.IMAGES):
-                self.images[key] = codec.decode(Image, value, key, revision=revision)
-            elif key.startswith(keys.POOLS):
-                self.pools[key] = codec.decode(Pool, value, key, revision=revision)
-            elif key.startswith(keys.MEMBERS):
-                self.members[key.removeprefix(keys.MEMBERS)] = codec.decode(Member, value, key, revision=revision)
-                self.census.touch(key.removeprefix(keys.MEMBERS))
-            elif key.startswith(keys.USES):
-                self._set_use(keys.split_use(key), codec.decode(Use, value, key, revision=revision))
-            elif key.startswith(keys.TENANTS):
-                self.tenants[key.removeprefix(keys.TENANTS)] = codec.decode(Tenant, value, key, revision=revision)
-            elif key.startswith(keys.RESIDENCY):
-                held = codec.decode(Residency, value, key)
-                self.residency[key] = self._held.setdefault(held.host, {})[key] = held
-                self._holders.setdefault((held.tenant, held.digest), set()).add(held.host)
-                self.census.touch(held.host)
-        except BadState as error:  # one bad record must not blind the control plane to all the others
+            mirrored = parsed(key, value, revision)
+        except BadState as error:  # as in parsed_all
             log.error("%s", error)
             return
-        if key.startswith(keys.ALIVE):
+        self._apply(key, mirrored, revision)
+
+    def _apply(self, key: str, value: object, revision: int) -> None:
+        if isinstance(value, Sandbox):
+            self._set_sandbox(value)
+        elif isinstance(value, Host):
+            self.hosts[value.name] = value
+            self._look_at(value.name)
+        elif isinstance(value, Image):
+            self.images[key] = value
+        elif isinstance(value, Pool):
+            self.pools[key] = value
+        elif isinstance(value, Member):
+            self.members[value.name] = value
+            self.census.touch(value.name)
+        elif isinstance(value, Tenant):
+            self.tenants[value.name] = value
+        elif isinstance(value, Use):
+            self._set_use(keys.split_use(key), value)
+        elif isinstance(value, Residency):
+            self.residency[key] = self._held.setdefault(value.host, {})[key] = value
+            self._holders.setdefault((value.tenant, value.digest), set()).add(value.host)
+            self.census.touch(value.host)
+        elif key.startswith(keys.ALIVE):
             self.alive.add(key.removeprefix(keys.ALIVE))
             self._look_at(key.removeprefix(keys.ALIVE))
         elif key.startswith(keys.QUOTAS):
@@ -339,19 +347,6 @@ class View:
                 if not there:
                     del self._held[held.host]
                 self.census.touch(held.host)
-
-    def _put_sandbox(self, key: str, value: bytes, revision: int) -> None:
-        uid = keys.split_sandbox(key)[2]
-        assumed = self._assumed.pop(uid, None)
-        if assumed is None or assumed[1] != value:
-            self._set_sandbox(codec.decode(Sandbox, value, key, revision=revision))
-            if assumed is not None:
-                self._count_no_more(assumed[0])
-                self.census.touch(assumed[0].host)
-            return
-        sandbox = replace(assumed[0], revision=revision)  # it is what was assumed, and has been counted as such
-        self._count_no_more(sandbox)
-        self._set_sandbox(sandbox, counted=uid not in self.sandboxes)
 
     def _set_use(self, workload: tuple[str, str], use: Use | None) -> None:
         if self.measured.put(workload, use):

@@ -11,6 +11,7 @@ is given back by `etcdctl defrag`, which is the operator's to run.
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import asynccontextmanager, suppress
 from typing import Any
@@ -22,6 +23,8 @@ from controlplane.store.etcdleases import Leases
 from controlplane.store.etcdlink import EtcdAccess, EtcdLink
 from controlplane.store.etcdwatch import Feed, end_of
 from controlplane.store.watchers import Watcher, follow
+
+log = logging.getLogger("sandloom.controlplane.store")
 
 READ_RECORDS = 2_000
 
@@ -137,11 +140,20 @@ class EtcdStore:
 
 
 @asynccontextmanager
-async def open_etcd(access: EtcdAccess) -> AsyncGenerator[EtcdStore, None]:
-    """The store in a cluster. StoreError when no member answers in time or lets us in."""
+async def open_etcd(access: EtcdAccess, *, patience_s: float = 0.0) -> AsyncGenerator[EtcdStore, None]:
+    """The store in a cluster. StoreError when it lets us not in, or no member answers in time: a call's deadline, or
+    `patience_s`, if that is longer."""
     store = EtcdStore(access)
+    give_up_s = asyncio.get_running_loop().time() + patience_s
     try:
-        store._feed.start(await store._feed.revision())
+        while True:
+            try:
+                store._feed.start(await store._feed.revision())
+                break
+            except StoreError as error:
+                if error.reason != "StoreUnavailable" or asyncio.get_running_loop().time() >= give_up_s:
+                    raise
+                log.warning("waiting for etcd: %s", error)
         owner = asyncio.create_task(store._own(), name="store etcd")
         try:
             yield store

@@ -12,6 +12,9 @@ from controlplane.store.etcd import open_etcd
 from controlplane.store.etcdlink import EtcdAccess
 from controlplane.store.sqlite import open_sqlite
 
+START_S = 60.0
+"""A control plane may start before its etcd does."""
+
 
 def etcd_access(config: Config) -> EtcdAccess:
     """Where etcd is, by the configuration. ConfigError when the password cannot be read."""
@@ -34,5 +37,5 @@ async def open_store(config: Config) -> AsyncGenerator[Store, None]:
         async with open_sqlite(config.sqlite_path) as embedded:
             yield embedded
     else:
-        async with open_etcd(etcd_access(config)) as shared:
+        async with open_etcd(etcd_access(config), patience_s=START_S) as shared:
             yield shared

@@ -329,6 +329,23 @@ async def test_nobody_there_is_an_error_that_names_the_endpoint(tmp_path: Path) 
             pass
 
 
+async def test_a_store_may_be_opened_before_its_etcd_runs(one: Member) -> None:
+    one.kill()
+    opened = asyncio.ensure_future(revision_of(replace(access_of(one), deadline_s=0.5)))
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(1.5):  # some of its tries
+            await asyncio.shield(opened)
+    assert not opened.done()
+    one.start()
+    async with asyncio.timeout(60):
+        assert await opened > 0
+
+
+async def revision_of(access: EtcdAccess) -> int:
+    async with open_etcd(access, patience_s=60) as store:
+        return store._feed.cursor
+
+
 async def test_a_closed_store_says_so() -> None:
     async with open_etcd(etcd_access()) as store:
         pass
