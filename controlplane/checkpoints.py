@@ -16,7 +16,7 @@ from controlplane import names
 from controlplane.api.v1 import checkpoints_pb2
 from controlplane.edge.checkpoints import parse_checkpoint
 from controlplane.errors import AlreadyExists, NotFound, OperationError, Precondition, Unavailable
-from controlplane.model import Checkpoint, Host, Sandbox
+from controlplane.model import Checkpoint, Host, Sandbox, SandboxSpec
 from controlplane.quotas import UNBOUNDED, Quota, require_checkpoint_within
 from controlplane.relay import HostLinks, answer
 from controlplane.requests import Creation, Forking, Restoration
@@ -137,13 +137,13 @@ class Checkpoints:
     async def restore(self, tenant: str, asked: Restoration) -> Sandbox:
         """See RestoreCheckpoint."""
         found = await self._find(tenant, asked.checkpoint)
-        spec = replace(found.spec, remove_on_exit=asked.remove_on_exit)
+        spec = _copied(found.spec, asked.remove_on_exit)
         return await self._sandboxes.create_on(found, Creation(asked.name, spec, asked.request_id))
 
     async def fork(self, tenant: str, asked: Forking) -> Forked:
         """See ForkSandbox."""
         taken = await self._take(tenant, asked.sandbox, f"fork-{secrets.token_hex(6)}", "", ephemeral=True)
-        spec = replace(taken.spec, remove_on_exit=asked.remove_on_exit)
+        spec = _copied(taken.spec, asked.remove_on_exit)
         made: list[Sandbox] = []
         try:
             prefix = asked.prefix or names.made_up(secrets.randbelow)
@@ -179,3 +179,8 @@ def _chooser(seed: str) -> Callable[[int], int]:
         return chosen
 
     return choice
+
+
+def _copied(spec: SandboxSpec, remove_on_exit: bool) -> SandboxSpec:
+    """A copy's spec. It publishes nothing: its source may have the ports still, and no two can."""
+    return replace(spec, remove_on_exit=remove_on_exit, services=replace(spec.services, publish=()))

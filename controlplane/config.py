@@ -17,6 +17,8 @@ history_s = 600                     how far back a watch may begin
 kept_events = 10000                 how many events are kept
 [quotas.TENANT]                     how much a tenant may have at once, each key optional:
 sandboxes, memory_min_mib, memory_max_mib, cpu_milli, images, image_mib, checkpoint_mib     see quotas.py
+[services.TENANT]                   who answers a tenant's sandboxes unless they say otherwise, each key optional:
+sockets, dns, files, secrets, time, sysview, devices = "kernel", "tool" or "deny"; allow = ["tcp:10.0.0.0/8:443"]
 """
 
 from __future__ import annotations
@@ -29,7 +31,9 @@ from pathlib import Path
 from typing import Any
 
 from controlplane.api.channel import TlsFiles
+from controlplane.api.errors import PolicyError
 from controlplane.api.identity import NAME_PATTERN
+from controlplane.api.services import SERVICE_NAMES, ServicePolicy, parse_allow, parse_answerer
 from controlplane.errors import ConfigError
 from controlplane.quotas import Quota
 
@@ -63,6 +67,7 @@ class Config:
     etcd_user: str = ""
     etcd_password_file: Path | None = None
     etcd_deadline_s: int = 5
+    services: tuple[tuple[str, ServicePolicy], ...] = ()
 
     def __post_init__(self) -> None:
         for name in ("listen", "join_listen", "advertise", "join_advertise"):
@@ -133,6 +138,8 @@ def _typed(name: str, kind: str, value: Any, source: str, folder: Path) -> Any:
     if name == "quotas":
         return _quotas(value, source)
     kind = kind.removesuffix(" | None")
+    if name == "services":
+        return _services(value, source)
     if kind == "Path" and isinstance(value, str) and value:
         return folder / value
     if kind == "int" and isinstance(value, int) and not isinstance(value, bool) and value >= 0:
@@ -158,6 +165,29 @@ def _quotas(value: Any, source: str) -> tuple[tuple[str, Quota], ...]:
             _typed(f"quotas.{tenant}.{key}", "int", most, source, Path())
         parsed.append((tenant, Quota(**bounds)))
     return tuple(parsed)
+
+
+def _services(value: Any, source: str) -> tuple[tuple[str, ServicePolicy], ...]:
+    if not isinstance(value, dict):
+        raise ConfigError(f"{source}: services is not a table of tenants")
+    return tuple((tenant, _policy(f"{source}: services.{tenant}", tenant, keys)) for tenant, keys in value.items())
+
+
+def _policy(where: str, tenant: str, keys: Any) -> ServicePolicy:
+    known = [*SERVICE_NAMES, "allow"]
+    if not NAME_PATTERN.fullmatch(tenant) or not isinstance(keys, dict):
+        raise ConfigError(f"{where} is not a tenant's table")
+    for key, given in keys.items():
+        words = given if key == "allow" and isinstance(given, list) else [given]
+        if key not in known:
+            raise ConfigError(f"{where}: unknown key {key!r}; known are {', '.join(known)}")
+        if not all(isinstance(word, str) for word in words) or (key == "allow") is not isinstance(given, list):
+            raise ConfigError(f"{where}: {key} = {given!r} is not {'a list of texts' if key == 'allow' else 'a text'}")
+    try:
+        answerers: dict[str, Any] = {name: parse_answerer(keys[name]) for name in SERVICE_NAMES if name in keys}
+        return ServicePolicy(**answerers, allow=tuple(map(parse_allow, keys.get("allow", ()))))
+    except PolicyError as error:
+        raise ConfigError(f"{where}: {error}") from error
 
 
 def load(path: Path) -> Config:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from enum import Enum
 
+from controlplane.api.services import ALL_KERNEL, ServicePolicy
 from controlplane.rules import NO_RULES, Pair, Rules
 
 REVISION = {"stored": False}
@@ -124,6 +125,7 @@ class SandboxSpec:
     restart: RestartPolicy = RestartPolicy.NEVER
     rules: Rules = NO_RULES
     network: Network = Network()
+    services: ServicePolicy = ALL_KERNEL
 
 
 @dataclass(frozen=True)

@@ -140,7 +140,10 @@ class ControlPlane:
         """Registers every service."""
         streams = Streams(self.locator, self.links, self.view)
         sandboxes_pb2_grpc.add_SandboxesServicer_to_server(
-            SandboxesService(self.gate, self.store, self.records, self.sandboxes, self.event_log, streams), server
+            SandboxesService(
+                self.gate, self.store, self.records, self.sandboxes, self.event_log, streams, dict(self.config.services)
+            ),
+            server,
         )
         images_pb2_grpc.add_ImagesServicer_to_server(
             ImagesService(self.gate, self.store, self.view, self.images, self.links), server

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from contextlib import aclosing
 
 from controlplane import keys, lifecycle, watching
+from controlplane.api.services import ALL_KERNEL, ServicePolicy
 from controlplane.api.v1 import sandboxes_pb2, sandboxes_pb2_grpc
 from controlplane.edge import news
 from controlplane.edge import sandboxes as edge
@@ -26,17 +27,27 @@ class SandboxesService(StreamMethods, sandboxes_pb2_grpc.SandboxesServicer):
     """The unary methods and the watches; the streams into hosts are StreamMethods."""
 
     def __init__(
-        self, gate: Gate, store: Store, records: Records, sandboxes: Sandboxes, event_log: EventLog, streams: Streams
+        self,
+        gate: Gate,
+        store: Store,
+        records: Records,
+        sandboxes: Sandboxes,
+        event_log: EventLog,
+        streams: Streams,
+        services: Mapping[str, ServicePolicy],
     ) -> None:
+        """`services` are the tenants' defaults."""
         super().__init__(gate, streams)
         self._store, self._records, self._sandboxes, self._events = store, records, sandboxes, event_log
+        self._services = services
 
     async def CreateSandbox(
         self, request: sandboxes_pb2.CreateSandboxRequest, context: Context
     ) -> sandboxes_pb2.Sandbox:
         """See sandboxes.proto."""
         async with self._gate.admit(context) as caller:
-            return edge.render_sandbox(await self._sandboxes.create(caller.tenant, edge.parse_creation(request)))
+            asked = edge.parse_creation(request, self._services.get(caller.tenant, ALL_KERNEL))
+            return edge.render_sandbox(await self._sandboxes.create(caller.tenant, asked))
 
     async def GetSandbox(self, request: sandboxes_pb2.GetSandboxRequest, context: Context) -> sandboxes_pb2.Sandbox:
         """See sandboxes.proto."""

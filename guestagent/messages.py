@@ -31,6 +31,8 @@ RUN = struct.Struct("<QQ")
 """A run of the balloon's blocks: the first and how many."""
 
 RUNS_AT_ONCE = 1024
+SERVICES = 7
+SERVICES_NONCE_BYTES = 16
 _HOSTNAME = re.compile(rb"[A-Za-z0-9]([A-Za-z0-9.-]{0,62}[A-Za-z0-9])?")
 _MACHINE_ID = re.compile(rb"[0-9a-f]{32}")
 
@@ -56,6 +58,7 @@ class Kind(IntEnum):
     BALLOON_RUNS = 16
     BALLOON_DONE = 17
     CPUS = 18
+    SERVICES = 20
     REHEARSE = 30
     REPLY = 64
     OUTPUT = 65
@@ -147,6 +150,23 @@ class Renew:
 
     def __post_init__(self) -> None:
         require_identity(self)
+
+
+@dataclass(frozen=True)
+class Services:
+    """Who answers the sandbox's calls: by service, in the order of PROTOCOL.md, 0 the kernel, 1 a tool, 2 nobody.
+
+    `nonce` is 16 random bytes, new for each session of the services port. After CONFIGURE and before the first START;
+    again, with the same answerers, for each new session."""
+
+    who: tuple[int, ...]
+    nonce: bytes
+
+    def __post_init__(self) -> None:
+        require(len(self.who) == SERVICES, f"{len(self.who)} answerers, need {SERVICES}")
+        for answerer in self.who:
+            require_uint(answerer, "an answerer", 2)
+        require(len(self.nonce) == SERVICES_NONCE_BYTES, f"a nonce of {len(self.nonce)} bytes, need 16")
 
 
 @dataclass(frozen=True)

@@ -42,6 +42,7 @@ from guestagent.messages import (
     Renew,
     Reply,
     ReplyReceived,
+    Services,
     StartProcess,
     StdinAcked,
     Stream,
@@ -61,6 +62,7 @@ from guestagent.wire import (
     encode_configure,
     encode_prepare,
     encode_renew,
+    encode_services,
     encode_start,
 )
 
@@ -208,6 +210,10 @@ class AgentSession:
     def elastic(self, request: ElasticRequest) -> tuple[int, bytes]:
         """The reply's body is as `request` says."""
         return self._request(request.kind, *request.fields())
+
+    def services(self, services: Services) -> tuple[int, bytes]:
+        """EBUSY when processes run under other answerers already."""
+        return self._request(Kind.SERVICES, encode_services(services))
 
     def start(self, start: StartProcess) -> tuple[int, bytes]:
         """The reply's body is the guest's pid. Refused: ENOENT, EACCES, ENOEXEC, EINVAL (see PROTOCOL.md)."""

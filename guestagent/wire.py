@@ -32,6 +32,7 @@ from guestagent.messages import (
     ProcState,
     Renew,
     Reply,
+    Services,
     StartProcess,
     StdinAcked,
     Stream,
@@ -213,6 +214,11 @@ def encode_prepare(prepare: Prepare) -> dict[str, object]:
 
 def encode_renew(renew: Renew) -> dict[str, object]:
     return asdict(renew)
+
+
+def encode_services(services: Services) -> dict[str, object]:
+    """SERVICES's map."""
+    return {"who": list(services.who), "nonce": services.nonce}
 
 
 def encode_start(start: StartProcess) -> dict[str, object]:

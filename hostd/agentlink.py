@@ -30,6 +30,7 @@ from guestagent.messages import (
     Renew,
     ReplyBody,
     ReplyReceived,
+    Services,
     StartProcess,
     Stream,
     Synced,
@@ -218,6 +219,13 @@ class AgentLink:
             await self.request(lambda session: session.rehearse(configure), configure.deadline_ms / 1000 + 10)
         except GuestRefused as refusal:
             raise StartFailed(f"the guest cannot be rehearsed: {refusal}", reason="RehearsalFailed") from refusal
+
+    async def services(self, services: Services) -> None:
+        """Tells the agent who answers, and has it begin a session on the services port. StartFailed."""
+        try:
+            await self.request(lambda session: session.services(services))
+        except GuestRefused as refusal:
+            raise StartFailed(f"the services cannot be set up: {refusal}", reason="ServicesFailed") from refusal
 
     async def freeze(self, deadline_s: float) -> None:
         """Has the workload stand still, and returns when it does. NotRunning with the guest's words when it cannot;

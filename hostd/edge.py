@@ -6,6 +6,9 @@ from collections.abc import Iterable
 
 from google.protobuf.timestamp_pb2 import Timestamp
 
+from controlplane.api.errors import PolicyError
+from controlplane.api.policies import parse_policy
+from controlplane.api.services import ServicePolicy
 from controlplane.api.v1 import images_pb2, sandboxes_pb2
 from hostd.errors import InvalidSpec
 from hostd.ledger import MemoryRow
@@ -87,6 +90,7 @@ def parse_sandbox(sandbox: sandboxes_pb2.Sandbox) -> SandboxSpec:
         checkpoint=spec.checkpoint,
         sandbox_class=sandbox_class,
         network=parse_network(spec.network),
+        services=parse_services(spec.services, sandbox.name),
     )
 
 
@@ -94,6 +98,14 @@ def parse_network(network: sandboxes_pb2.Network) -> Network:
     """What it may talk to. InvalidSpec."""
     rules = (Allowed(rule.cidr, rule.protocol, rule.first_port, rule.last_port) for rule in network.allow)
     return Network(network.mode == sandboxes_pb2.NETWORK_VETH, tuple(rules))
+
+
+def parse_services(message: sandboxes_pb2.ServicePolicy, name: str) -> ServicePolicy:
+    """Who answers sandbox `name`. InvalidSpec."""
+    try:
+        return parse_policy(message)
+    except PolicyError as error:
+        raise InvalidSpec(f"sandbox {name}: services: {error}", reason="ServicePolicyInvalid") from error
 
 
 def render_classes(classes: Iterable[SandboxClass]) -> list[sandboxes_pb2.SandboxClass.ValueType]:

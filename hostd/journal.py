@@ -17,6 +17,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from controlplane.api.errors import PolicyError
+from controlplane.api.policies import parse_policy, render_policy
+from controlplane.api.v1 import sandboxes_pb2
 from hostd.errors import InvalidSpec, JournalError
 from hostd.lifecycle import Phase
 from hostd.removal import remove_folder
@@ -87,6 +90,7 @@ def encode(record: Record) -> bytes:
     values["phase"] = record.phase.value
     values["spec"]["desired"] = record.spec.desired.value
     values["spec"]["sandbox_class"] = record.spec.sandbox_class.value
+    values["spec"]["services"] = render_policy(record.spec.services).SerializeToString().hex()
     if record.outcome is not None:
         values["outcome"]["phase"] = record.outcome.phase.value
     return json.dumps({"schema": SCHEMA, "record": values}, sort_keys=True).encode()
@@ -99,7 +103,7 @@ def decode(data: bytes, source: str) -> Record:
         if document["schema"] != SCHEMA:
             raise ValueError(f"schema {document['schema']}, this hostd reads {SCHEMA}")
         return _record(document["record"])
-    except (ValueError, KeyError, TypeError, AttributeError, InvalidSpec) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, InvalidSpec, PolicyError) as error:
         raise JournalError(f"{source}: not a sandbox record ({error}); move it away to go on without it") from error
 
 
@@ -125,6 +129,7 @@ def _spec(values: dict[str, Any]) -> SandboxSpec:
         desired=DesiredState(values.pop("desired")),
         sandbox_class=SandboxClass(values.pop("sandbox_class", SandboxClass.GUEST_KERNEL.value)),
         network=_network(values.pop("network", None)),
+        services=parse_policy(_message(values.pop("services", ""))),
         **values,
     )
 
@@ -133,6 +138,10 @@ def _network(values: dict[str, Any] | None) -> Network:
     if values is None:
         return Network()
     return Network(values["veth"], tuple(Allowed(**rule) for rule in values["allow"]))
+
+
+def _message(text: str) -> sandboxes_pb2.ServicePolicy:
+    return sandboxes_pb2.ServicePolicy.FromString(bytes.fromhex(text))
 
 
 def _tuples(values: dict[str, Any]) -> dict[str, Any]:

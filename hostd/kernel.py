@@ -116,4 +116,4 @@ def extract(deb: Path) -> KernelFiles:
 def _may_load(path: str) -> bool:
     """Folders that hold the wanted modules or what they depend on; the rest of the package is drivers."""
     folders = ("/virtio/", "/nvdimm/", "/fs/", "/lib/", "/crypto/", "/drivers/char/", "/drivers/block/", "/dax/")
-    return any(folder in path for folder in folders)
+    return any(folder in path for folder in folders) or module_name(path) in WANTED

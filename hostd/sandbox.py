@@ -250,7 +250,7 @@ class Sandbox:
         assert handle is not None
         if handle.checkpoint and record.phase is Phase.STARTING:  # it may not have become itself yet
             raise HostdError("hostd restarted while it was being restored", reason="StartInterrupted")
-        plan = StartPlan(record.spec, (), handle.vm_uid, self.folder)
+        plan = StartPlan(record.spec, (), handle.vm_uid, self.folder, self.tell)
         engine = await self._host.driver.adopt(plan, handle, dict(self.log.offsets))
         if engine is None:
             if record.phase is Phase.STARTING:
@@ -306,7 +306,7 @@ class Sandbox:
             vm_uid = self._host.claim_vm_uid()
             self.log.begin_at(self.now_ns(), about.offsets)
             self._move(Phase.STARTING, spec=spec, vm_uid=vm_uid, command=about.command)
-            plan = StartPlan(spec, layers, vm_uid, self.folder)
+            plan = StartPlan(spec, layers, vm_uid, self.folder, self.tell)
             async with checkpoints.memory(about.id, spec.uid) as memory:
                 engine = await checkpointing.restore(plan, memory, about.form, about.offsets, self._made)
         main = engine.resume()
@@ -326,7 +326,7 @@ class Sandbox:
                 if taken is not None:
                     await to_its_end(self._host.end_member(taken))
                 raise
-            engine = await self._engine(StartPlan(self.spec, image.layers, vm_uid, self.folder), taken)
+            engine = await self._engine(StartPlan(self.spec, image.layers, vm_uid, self.folder, self.tell), taken)
         begin_s = self._loop.time()
         try:
             main = await engine.spawn(command, main=True)

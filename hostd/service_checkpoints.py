@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import grpc.aio
 
+from controlplane.api.policies import render_policy
 from controlplane.api.v1 import checkpoints_pb2, checkpoints_pb2_grpc, images_pb2, sandboxes_pb2
 from hostd.checkpoint import Wanted
 from hostd.checkpoints import StoredCheckpoint
@@ -98,6 +99,7 @@ def _render_spec(spec: SandboxSpec, image: str) -> sandboxes_pb2.SandboxSpec:
             tty_rows=process.rows,
             tty_cols=process.cols,
         ),
+        services=render_policy(spec.services),
     )
     setattr(message, "class", CLASSES[spec.sandbox_class])
     return message

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from enum import Enum
 from ipaddress import IPv4Network
 
+from controlplane.api.services import ALL_KERNEL, ServicePolicy
 from hostd.errors import InvalidSpec
 
 MIN_BASE_RAM_MIB = 128
@@ -145,6 +146,7 @@ class SandboxSpec:
     checkpoint: str = ""  # go on from this one instead of starting
     sandbox_class: SandboxClass = SandboxClass.GUEST_KERNEL
     network: Network = Network()
+    services: ServicePolicy = ALL_KERNEL
 
     def __post_init__(self) -> None:
         if not _UID.fullmatch(self.uid):

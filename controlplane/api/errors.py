@@ -1,4 +1,4 @@
-"""The root of all this package's errors, and the two leaves the API's own modules raise.
+"""The root of all this package's errors, and the leaves the API's own modules raise.
 
 It sits in `controlplane.api` because hosts may import nothing else of the package; `controlplane.errors` adds the
 leaves that only the control plane raises.
@@ -17,3 +17,7 @@ class IdentityError(ControlPlaneError):
 
 class TlsError(ControlPlaneError):
     """TLS files cannot be read or do not fit together: the message names the file."""
+
+
+class PolicyError(ControlPlaneError):
+    """A service policy contradicts itself or cannot be read: the message says what to write instead."""

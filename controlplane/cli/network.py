@@ -7,6 +7,7 @@ import re
 
 from controlplane.api.v1 import sandboxes_pb2
 from controlplane.cli.errors import UsageError
+from controlplane.cli.services import is_service_rule
 
 MODES = {"none": sandboxes_pb2.NETWORK_NONE, "veth": sandboxes_pb2.NETWORK_VETH}
 _RULE = re.compile(r"([0-9./]+)(?::([0-9]{1,5})(?:-([0-9]{1,5}))?)?(?:/(tcp|udp))?", re.ASCII)
@@ -19,17 +20,19 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         " what --allow says; user-kernel and host-kernel only",
     )  # fmt: skip
     parser.add_argument(
-        "--allow", action="append", default=[], metavar="CIDR[:PORT[-PORT]][/tcp|udp]",
-        help="whom it may talk to over veth, 192.0.2.0/24:443 say; may be given again",
+        "--allow", action="append", default=[], metavar="RULE",
+        help="whom it may talk to: over veth CIDR[:PORT[-PORT]][/tcp|udp], 192.0.2.0/24:443 say; with sockets=tool"
+        " (which these imply) tcp:10.0.0.0/8:443, udp:1.1.1.1:53, tcp:*.example.org:80-90; may be given again",
     )  # fmt: skip
 
 
 def parse(namespace: argparse.Namespace) -> sandboxes_pb2.Network:
     """The API's form of the options. UsageError names a rule that is none."""
     mode = MODES.get(namespace.network, sandboxes_pb2.NETWORK_MODE_UNSPECIFIED)
-    if namespace.allow and mode != sandboxes_pb2.NETWORK_VETH:
+    rules = [text for text in namespace.allow if not is_service_rule(text)]
+    if rules and mode != sandboxes_pb2.NETWORK_VETH:
         raise UsageError("--allow", "there is no network to allow something on", "give --network veth, too")
-    return sandboxes_pb2.Network(mode=mode, allow=[parse_rule(text) for text in namespace.allow])
+    return sandboxes_pb2.Network(mode=mode, allow=[parse_rule(text) for text in rules])
 
 
 def parse_rule(text: str) -> sandboxes_pb2.NetworkRule:

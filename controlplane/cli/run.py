@@ -23,6 +23,7 @@ from controlplane.cli.errors import EXIT_RUN_FAILED, CliError, Unreachable
 from controlplane.cli.output import safe
 from controlplane.cli.process import ProcessOptions, add_process_options, message_of, parse_process
 from controlplane.cli.progress import Progress
+from controlplane.cli.services import add_service_options, parse_services
 from controlplane.cli.sizes import DEFAULT_MEMORY, MemoryRange
 
 CLASSES = {
@@ -65,6 +66,7 @@ class RunOptions:
     spread: str = ""
     trust: tuple[str, ...] = ()
     restart: str = ""
+    services: sandboxes_pb2.ServicePolicy = field(default_factory=sandboxes_pb2.ServicePolicy)
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -101,6 +103,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "--trust", action="append", default=[], choices=rules.TRUST_WORDS,
         help="only hosts without hyperthreads, with KVM, or with no other tenant's sandboxes",
     )  # fmt: skip
+    add_service_options(parser)
     add_process_options(parser)
 
 
@@ -137,6 +140,7 @@ def parse(namespace: argparse.Namespace) -> RunOptions:
         spread=namespace.spread or "",
         trust=tuple(dict.fromkeys(namespace.trust)),
         restart=namespace.restart,
+        services=parse_services(namespace),
     )
 
 
@@ -164,6 +168,7 @@ def spec_of(options: RunOptions, size: tuple[int, int] | None) -> sandboxes_pb2.
         labels=options.labels,
         hostname=options.hostname,
         restart=restart_of(options),
+        services=options.services if options.services.ListFields() else None,
     )
     where = sandboxes_pb2.PlacementRules(
         affinity=options.affinity, tolerations=options.tolerations, spread=options.spread, trust=options.trust
@@ -344,6 +349,8 @@ COMMAND = Command(
         "sandloom run --rm -it debian -- bash",
         "sandloom run -d --name web --memory 256M:1G --cpus 2 debian -- python3 -m http.server",
         "sandloom run -d --label app=web --spread zone --affinity ssd --trust no-smt debian -- sleep 60",
+        "sandloom run --rm --allow 'tcp:*.debian.org:80' debian -- apt-get update",
+        "sandloom run -d -p 8080:80 web",
         "cat data | sandloom run --rm -i debian -- sha256sum",
     ),
     takes_command=True,

@@ -9,7 +9,10 @@ import re
 from collections.abc import Mapping, Sequence
 
 from controlplane import lifecycle, transitions
+from controlplane.api.errors import PolicyError
 from controlplane.api.identity import NAME_PATTERN
+from controlplane.api.policies import parse_policy, render_policy, require_servable
+from controlplane.api.services import ALL_KERNEL, ServicePolicy
 from controlplane.api.v1 import hosts_pb2, sandboxes_pb2
 from controlplane.edge.enums import (
     CLASSES,
@@ -27,7 +30,16 @@ from controlplane.edge.enums import seconds as seconds_of
 from controlplane.edge.network import parse_network, render_network
 from controlplane.edge.rules import parse_rules, render_rules
 from controlplane.errors import Invalid
-from controlplane.model import DesiredState, Process, Resize, Resources, Sandbox, SandboxSpec, SandboxStatus
+from controlplane.model import (
+    DesiredState,
+    Process,
+    Resize,
+    Resources,
+    Sandbox,
+    SandboxClass,
+    SandboxSpec,
+    SandboxStatus,
+)
 from controlplane.requests import Creation, Report, ResizeWish
 from controlplane.rules import NO_RULES
 
@@ -50,17 +62,17 @@ def parse_name(name: str, field: str = "name") -> str:
     return name
 
 
-def parse_creation(request: sandboxes_pb2.CreateSandboxRequest) -> Creation:
-    """What CreateSandbox asks for."""
+def parse_creation(request: sandboxes_pb2.CreateSandboxRequest, services: ServicePolicy = ALL_KERNEL) -> Creation:
+    """What CreateSandbox asks for; `services` is the tenant's default."""
     if request.name:
         parse_name(request.name)
     if request.request_id and not REQUEST_ID.fullmatch(request.request_id):
         raise Invalid("request_id", f"it must match {REQUEST_ID.pattern}")
-    return Creation(request.name, parse_spec(request.spec), request.request_id, request.validate_only)
+    return Creation(request.name, parse_spec(request.spec, services), request.request_id, request.validate_only)
 
 
-def parse_spec(spec: sandboxes_pb2.SandboxSpec) -> SandboxSpec:
-    """A spec as a user may give it; what is output only is not looked at."""
+def parse_spec(spec: sandboxes_pb2.SandboxSpec, services: ServicePolicy = ALL_KERNEL) -> SandboxSpec:
+    """A spec as a user may give it; what is output only is not looked at. `services` is where it leaves them open."""
     if not spec.image:
         raise Invalid("spec.image", "name the image to run")
     if spec.hostname and not NAME_PATTERN.fullmatch(spec.hostname):
@@ -73,6 +85,7 @@ def parse_spec(spec: sandboxes_pb2.SandboxSpec) -> SandboxSpec:
         resources=parse_resources(spec.resources),
         process=parse_process(spec.process, "spec.process"),
         sandbox_class=sandbox_class,
+        services=parse_services(spec.services, sandbox_class, services),
         remove_on_exit=spec.remove_on_exit,
         cold=spec.cold,
         labels=_words("spec.labels", spec.labels),
@@ -81,6 +94,18 @@ def parse_spec(spec: sandboxes_pb2.SandboxSpec) -> SandboxSpec:
         rules=parse_rules(spec.rules),
         network=parse_network(spec.network, sandbox_class, "spec.network"),
     )
+
+
+def parse_services(
+    message: sandboxes_pb2.ServicePolicy, sandbox_class: SandboxClass, default: ServicePolicy
+) -> ServicePolicy:
+    """Who answers; what the class cannot have answered so is refused by name."""
+    try:
+        policy = parse_policy(message, default)
+        require_servable(sandbox_class.value, policy)
+    except PolicyError as error:
+        raise Invalid("spec.services", str(error), reason="ServicePolicyInvalid") from error
+    return policy
 
 
 def parse_resources(asked: sandboxes_pb2.Resources) -> Resources:
@@ -244,6 +269,7 @@ def render_spec(spec: SandboxSpec) -> sandboxes_pb2.SandboxSpec:
         hostname=spec.hostname,
         checkpoint=spec.checkpoint,
         restart=RESTARTS[spec.restart],
+        services=render_policy(spec.services),
     )
     if spec.network.veth:
         message.network.CopyFrom(render_network(spec.network))

@@ -3,7 +3,7 @@
  *
  * `struct agent` is the whole state. Who owns what: port.c the connection, proc.c the processes, world.c the
  * namespaces they live in, configure.c the way from a booted guest to one sandbox, dispatch.c what each
- * message does. What comes later (a supervisor of seccomp notifications) is each one more source in the loop
+ * message does. What comes later is each one more source in the loop
  * (enum role) and, where the host speaks with it, one more kind in dispatch.c.
  */
 #ifndef SANDLOOM_AGENT_H
@@ -39,7 +39,11 @@ enum role {
     ROLE_LISTENER,
     ROLE_SIGNALS,
     ROLE_PRESSURE,
-    ROLE_MEMORY
+    ROLE_MEMORY,
+    ROLE_NOTIFY,
+    ROLE_TUN,
+    ROLE_SERVICES,
+    ROLE_FLOW
 };
 
 enum proc_state { PROC_FREE, PROC_STARTING, PROC_RUNNING, PROC_EXITED };
@@ -142,6 +146,8 @@ struct agent {
     struct balloon balloon;
     struct cpus cpus;
     struct defence defence;
+    struct services *services; /* services.h */
+    int services_given_fd;     /* on a build machine: the port, or -1 */
     enum shutdown_phase shutdown;
     uint64_t shutdown_ms; /* when its phase is over */
     uint64_t oom_kills, oom_check_ms;
@@ -212,7 +218,8 @@ pid_t world_fork_apart(struct agent *agent);
 void world_kill(struct agent *agent);
 void world_leave(struct agent *agent); /* at the end, on a build machine */
 int identity_kernel(struct agent *agent, const struct configure *configure);
-int identity_files(struct agent *agent); /* in PREPARE: with nobody's names in them */
+int identity_resolver(struct agent *agent); /* resolv.conf names the host's */
+int identity_files(struct agent *agent);    /* in PREPARE: with nobody's names in them */
 int loopback_up(void);
 #define BOOT_ID_FILE "/u/boot-id"
 

@@ -10,11 +10,13 @@
 #include <sys/ioctl.h>
 #include <sys/prctl.h>
 #include <sys/resource.h>
+#include <sys/socket.h>
 #include <sys/stat.h>
 #include <sys/syscall.h>
 #include <termios.h>
 #include <unistd.h>
 
+#include "supervise.h"
 #include "text.h"
 #include "user.h"
 
@@ -106,6 +108,27 @@ static void find_user(const struct bytes *asked, struct user *user) {
              user->uid_known ? "no such group in the image: " : "no such user in the image: ", asked->data,
              asked->size);
     }
+}
+
+/* While it may still be done; what is left to do until exec makes no call that is served. */
+static void confine(const struct policy *policy) {
+    struct report with = {.pid = getpid()};
+    union {
+        struct cmsghdr header;
+        char room[CMSG_SPACE(sizeof(int))];
+    } extra = {
+        .header = {.cmsg_len = CMSG_LEN(sizeof(int)), .cmsg_level = SOL_SOCKET, .cmsg_type = SCM_RIGHTS}};
+    struct iovec piece = {&with, sizeof(with)};
+    struct msghdr message = {
+        .msg_iov = &piece, .msg_iovlen = 1, .msg_control = &extra, .msg_controllen = sizeof(extra)};
+    int listener = filter_install(policy);
+    if (listener < 0 && errno == 0) {
+        return;
+    }
+    check(listener, "seccomp");
+    memcpy(CMSG_DATA(&extra.header), &listener, sizeof(listener));
+    check((int)sendmsg(status_fd, &message, 0), "status socket");
+    close(listener);
 }
 
 static void become(const struct user *user, bool powerless) {
@@ -241,6 +264,9 @@ _Noreturn void child_run(const struct child *child) {
     standard_limits();
     if (child->rehearsal) {
         user = (struct user){.uid = REHEARSAL_UID, .gid = REHEARSAL_UID};
+    }
+    if (!child->rehearsal) {
+        confine(child->policy);
     }
     become(&user, child->rehearsal);
     if (chdir(cwd) < 0) {

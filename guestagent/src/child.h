@@ -3,6 +3,7 @@
 #define SANDLOOM_CHILD_H
 
 #include "message.h"
+#include "policy.h"
 
 enum { REPORT_TEXT_BYTES = 240 };
 
@@ -19,6 +20,7 @@ struct child {
     int mnt_fd, ipc_fd; /* the workload's namespaces */
     int in, out, err;   /* what become 0, 1 and 2; with a terminal all the same */
     int status;
+    const struct policy *policy;
     bool rehearsal; /* there is no identity yet: apart from all, and nothing of it is kept */
 };
 

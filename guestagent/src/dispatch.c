@@ -5,6 +5,7 @@
 #include <string.h>
 
 #include "agent.h"
+#include "services.h"
 
 #define AGENT_VERSION "0.1.0"
 
@@ -149,6 +150,8 @@ static int request(struct agent *agent, const struct message *message) {
     case KIND_FREEZE:
         error = freeze_begin(agent, message);
         return error ? error : ALREADY;
+    case KIND_SERVICES:
+        return services_begin(agent, message);
     case KIND_THAW:
         return thaw(agent);
     case KIND_RENEW:

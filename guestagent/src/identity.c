@@ -145,21 +145,40 @@ static int write_boot_id(struct agent *agent) {
     return error ? because(agent, error, "boot id", "") : 0;
 }
 
-int identity_files(struct agent *agent) {
-    int error = write_boot_id(agent);
-    if (error) {
-        return error;
+static int write_resolver(struct agent *agent, int etc) {
+    static const char TEXT[] = "nameserver 100.64.0.1\noptions timeout:3 attempts:2\n";
+    if (unlinkat(etc, "resolv.conf", 0) < 0 && errno != ENOENT) {
+        return because(agent, errno, "cannot write /etc/", "resolv.conf");
     }
+    int fd = openat(etc, "resolv.conf", O_WRONLY | O_CREAT | O_EXCL | O_NOFOLLOW | O_CLOEXEC, 0644);
+    errno = fd < 0 ? errno : ENOSPC;
+    int error = fd >= 0 && write(fd, TEXT, sizeof(TEXT) - 1) == (ssize_t)sizeof(TEXT) - 1 ? 0 : errno;
+    if (fd >= 0) {
+        close(fd);
+    }
+    return error ? because(agent, error, "cannot write /etc/", "resolv.conf") : 0;
+}
+
+static int in_etc(struct agent *agent, int (*write_some)(struct agent *, int)) {
     int root = open(agent->root, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
     if (root < 0) {
         return because(agent, errno, agent->root, "");
     }
     mkdirat(root, "etc", 0755); /* where the image has none; a failure shows at once below */
     int etc = open_inside(root, "etc");
-    error = etc < 0 ? because(agent, errno, "the image's /etc", "") : write_all(agent, etc);
+    int error = etc < 0 ? because(agent, errno, "the image's /etc", "") : write_some(agent, etc);
     if (etc >= 0) {
         close(etc);
     }
     close(root);
     return error;
+}
+
+int identity_files(struct agent *agent) {
+    int error = write_boot_id(agent);
+    return error ? error : in_etc(agent, write_all);
+}
+
+int identity_resolver(struct agent *agent) {
+    return in_etc(agent, write_resolver);
 }

@@ -8,6 +8,7 @@
 #include <unistd.h>
 
 #include "agent.h"
+#include "services.h"
 
 enum { EVENTS_AT_ONCE = 16, LOG_BYTES = 256 };
 
@@ -88,6 +89,20 @@ static void take(struct agent *agent, const struct epoll_event *event) {
     case ROLE_MEMORY:
         defence_ready(agent);
         break;
+    case ROLE_NOTIFY:
+        if (slot < MAX_LISTENERS && agent->services->listeners[slot].generation == event->data.u64 >> 32) {
+            supervise_ready(agent, slot, event->events);
+        }
+        break;
+    case ROLE_TUN:
+        datagram_ready(agent);
+        break;
+    case ROLE_SERVICES:
+        services_port_ready(agent, event->events);
+        break;
+    case ROLE_FLOW:
+        flow_ready(agent, slot, (uint32_t)(event->data.u64 >> 32), event->events);
+        break;
     case ROLE_PORT: /* read and written on every turn, see below */
     case ROLE_LISTENER:
         break;
@@ -101,7 +116,8 @@ static void take(struct agent *agent, const struct epoll_event *event) {
 /* Acts on what is due; the milliseconds until the next deadline, -1 for none. */
 static int deadlines(struct agent *agent) {
     uint64_t now = now_ms();
-    uint64_t next = procs_linger(agent, now);
+    uint64_t next = procs_linger(agent, now), services = services_deadlines(agent, now);
+    next = services < next ? services : next;
     configure_step(agent, now);
     freeze_step(agent, now);
     balloon_step(agent, now);
@@ -141,6 +157,7 @@ int agent_loop(struct agent *agent) {
             wait_ms = deadlines(agent);
             moved = procs_speak(agent) || moved;
             moved = port_send(agent) || moved;
+            moved = services_move(agent) || moved;
         }
         int count = epoll_wait(agent->epoll_fd, events, EVENTS_AT_ONCE, wait_ms);
         for (int i = 0; i < count; i++) {

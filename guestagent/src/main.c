@@ -1,6 +1,6 @@
 /* sandloom-agent: PID 1 of a guest; or, for tests on a build machine,
  *
- *     sandloom-agent --port FD --root DIR
+ *     sandloom-agent --port FD --root DIR [--services FD]
  *
  * the same program without what only a fresh guest may do (mounts of layers, modules, clock, entropy, names,
  * power): FD is a connected stream socket, or a listening one whose connections follow each other as hosts on
@@ -18,6 +18,7 @@
 #include <unistd.h>
 
 #include "agent.h"
+#include "services.h"
 
 static struct agent agent;
 
@@ -46,7 +47,7 @@ static bool prepare(void) {
     agent.signal_fd = signalfd(-1, &children, SFD_NONBLOCK | SFD_CLOEXEC);
     agent.port_fd = agent.listener_fd = agent.pressure_fd = -1;
     agent.freezer.group_fd = agent.freezer.apart_fd = -1;
-    if (rx == NULL || tx == NULL || agent.epoll_fd < 0 || agent.signal_fd < 0) {
+    if (!services_open(&agent) || rx == NULL || tx == NULL || agent.epoll_fd < 0 || agent.signal_fd < 0) {
         return false;
     }
     rx_init(&agent.rx, rx);
@@ -73,6 +74,21 @@ static bool use_socket(const char *number) {
     return watch(&agent, (int)fd, ROLE_PORT, 0, 0, EPOLLIN | EPOLLOUT | EPOLLET) == 0;
 }
 
+static bool use_services(char **given) {
+    uint64_t fd;
+    agent.services_given_fd = -1;
+    if (given == NULL) {
+        return true;
+    }
+    if (strcmp(given[0], "--services") != 0 || !parse_u64(given[1], strlen(given[1]), &fd) || fd > 1 << 20) {
+        return false;
+    }
+    agent.services_given_fd = (int)fd;
+    fcntl((int)fd, F_SETFL, O_NONBLOCK);
+    fcntl((int)fd, F_SETFD, FD_CLOEXEC);
+    return true;
+}
+
 static void spare_from_oom(void) {
     int fd = open("/proc/self/oom_score_adj", O_WRONLY | O_CLOEXEC);
     if (fd < 0 || write(fd, "-1000", 5) < 0) {
@@ -94,9 +110,11 @@ int main(int argc, char **argv) {
         boot(&agent);
         spare_from_oom();
     } else {
-        if (argc != 5 || strcmp(argv[1], "--port") != 0 || strcmp(argv[3], "--root") != 0 ||
-            !use_socket(argv[2])) {
-            log_line("usage, outside of a guest: sandloom-agent --port SOCKET_FD --root DIR", "", 0);
+        if ((argc != 5 && argc != 7) || strcmp(argv[1], "--port") != 0 || strcmp(argv[3], "--root") != 0 ||
+            !use_socket(argv[2]) || !use_services(argc == 7 ? &argv[5] : NULL)) {
+            log_line("usage, outside of a guest: sandloom-agent --port SOCKET_FD --root DIR [--services "
+                     "SOCKET_FD]",
+                     "", 0);
             return 2;
         }
         agent.root = argv[4];

@@ -161,6 +161,22 @@ static const char *parse_start(const msgpack_object *map, uint32_t *proc, struct
                : "START: tty or stdin";
 }
 
+static const char *parse_services(const msgpack_object *map, struct services_wanted *to) {
+    enum { NONCE = 16, MOST = 2 };
+    const msgpack_object *who = field(map, "who");
+    if (who == NULL || who->type != MSGPACK_OBJECT_ARRAY || who->via.array.size != sizeof(to->who)) {
+        return "SERVICES: who";
+    }
+    for (uint32_t i = 0; i < sizeof(to->who); i++) {
+        uint64_t answerer;
+        if (!take_uint(&who->via.array.ptr[i], 0, MOST, &answerer)) {
+            return "SERVICES: an answerer";
+        }
+        to->who[i] = (uint8_t)answerer;
+    }
+    return take_bytes(field(map, "nonce"), NONCE, NONCE, &to->nonce) ? NULL : "SERVICES: nonce";
+}
+
 /* The fields after kind and id; there are as many of them as the kind has. */
 static const char *parse_fields(const msgpack_object *at, struct message *to) {
     uint64_t wide = 0;
@@ -193,6 +209,8 @@ static const char *parse_fields(const msgpack_object *at, struct message *to) {
                        take_uint(&at[1], 1, UINT32_MAX, &to->of.cpus.deadline_ms)
                    ? NULL
                    : "CPUS: count or deadline_ms";
+    case KIND_SERVICES:
+        return at[0].type == MSGPACK_OBJECT_MAP ? parse_services(&at[0], &to->of.services) : "SERVICES";
     case KIND_STATS:
     case KIND_THAW:
     case KIND_BALLOON_DONE:
@@ -247,6 +265,7 @@ static int field_count(enum kind kind) {
     case KIND_FREEZE:
     case KIND_REHEARSE:
     case KIND_BALLOON_RUNS:
+    case KIND_SERVICES:
         return 1;
     case KIND_SIGNAL:
     case KIND_CPUS:

@@ -47,6 +47,7 @@ enum kind {
     KIND_BALLOON_RUNS = 16,
     KIND_BALLOON_DONE = 17,
     KIND_CPUS = 18,
+    KIND_SERVICES = 20,
     KIND_REHEARSE = 30,
     KIND_REPLY = 64,
     KIND_OUTPUT = 65,
@@ -76,6 +77,11 @@ struct start {
     bool tty, stdin_wanted;
 };
 
+struct services_wanted {
+    uint8_t who[7]; /* enum answerer, by service */
+    struct bytes nonce;
+};
+
 struct message {
     enum kind kind;
     uint32_t id;   /* 0: a notice */
@@ -84,6 +90,7 @@ struct message {
         uint64_t version;
         struct configure configure;
         struct start start;
+        struct services_wanted services;
         struct {
             uint64_t offset;
             struct bytes data;

@@ -13,12 +13,12 @@
 #include <unistd.h>
 
 #include "agent.h"
+#include "services.h"
 
-#define PORT_NAME "sandloom.agent\n"
 #define PORTS "/sys/class/virtio-ports"
 enum { POLL_MS = 2 };
 
-static bool has_name(const char *port) {
+static bool has_name(const char *port, const char *wanted) {
     char path_buffer[128], name[64];
     struct text path;
     text_init(&path, path_buffer, sizeof(path_buffer));
@@ -31,15 +31,15 @@ static bool has_name(const char *port) {
     }
     ssize_t size = read(fd, name, sizeof(name));
     close(fd);
-    return size == sizeof(PORT_NAME) - 1 && memcmp(name, PORT_NAME, (size_t)size) == 0;
+    return size > 0 && (size_t)size == strlen(wanted) + 1 && memcmp(name, wanted, (size_t)size - 1) == 0;
 }
 
-static int open_port(void) {
+static int open_port(const char *wanted) {
     DIR *ports = opendir(PORTS);
     int fd = -1;
     struct dirent *entry;
     while (ports != NULL && fd < 0 && (entry = readdir(ports)) != NULL) {
-        if (entry->d_name[0] != '.' && has_name(entry->d_name)) {
+        if (entry->d_name[0] != '.' && has_name(entry->d_name, wanted)) {
             char path_buffer[64];
             struct text path;
             text_init(&path, path_buffer, sizeof(path_buffer));
@@ -54,9 +54,13 @@ static int open_port(void) {
     return fd;
 }
 
+int services_port(struct agent *agent) {
+    return agent->in_guest ? open_port("sandloom.services") : agent->services_given_fd;
+}
+
 bool port_find(struct agent *agent, uint64_t deadline_ms) {
     uint64_t give_up = now_ms() + deadline_ms;
-    while ((agent->port_fd = open_port()) < 0) {
+    while ((agent->port_fd = open_port("sandloom.agent")) < 0) {
         if (now_ms() > give_up) {
             return false;
         }

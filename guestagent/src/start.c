@@ -3,11 +3,13 @@
 #include <fcntl.h>
 #include <string.h>
 #include <sys/ioctl.h>
+#include <sys/socket.h>
 #include <termios.h>
 #include <unistd.h>
 
 #include "agent.h"
 #include "child.h"
+#include "services.h"
 
 /* Ours first, the child's second. All of ours are close-on-exec; those we poll do not block. */
 struct ends {
@@ -35,6 +37,18 @@ static int make_pipe(int *ours, int *its, bool we_write) {
     *ours = pair[we_write];
     *its = pair[!we_write];
     fcntl(*ours, F_SETFL, O_NONBLOCK | (we_write ? O_WRONLY : O_RDONLY));
+    return 0;
+}
+
+/* What the child says, and its filter's listener with it. */
+static int make_status(struct ends *ends) {
+    int pair[2];
+    if (socketpair(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0, pair) < 0) {
+        return errno;
+    }
+    ends->status[0] = pair[0];
+    ends->status[1] = pair[1];
+    fcntl(pair[0], F_SETFL, O_NONBLOCK);
     return 0;
 }
 
@@ -68,7 +82,7 @@ static int open_pipes(const struct start *start, struct ends *ends) {
 }
 
 static int fork_child(struct agent *agent, const struct start *start, struct ends *ends, pid_t *pid) {
-    int error = make_pipe(&ends->status[0], &ends->status[1], false);
+    int error = make_status(ends);
     error = error ? error : start->tty ? open_terminal(agent, start, ends) : open_pipes(start, ends);
     if (error) {
         return error;
@@ -81,6 +95,7 @@ static int fork_child(struct agent *agent, const struct start *start, struct end
         .out = ends->out[1],
         .err = ends->err[1],
         .status = ends->status[1],
+        .policy = &agent->services->policy,
         .rehearsal = !agent->configured,
     };
     *pid = child.rehearsal ? world_fork_apart(agent) : freezer_fork(agent);
@@ -117,6 +132,7 @@ int proc_start(struct agent *agent, const struct message *message) {
         proc_free(agent, proc);
         return because(agent, error, "no process can be made", "");
     }
+    agent->services->used = agent->services->used || agent->configured;
     proc->start_id = message->id;
     proc->tty = start->tty;
     proc->followed = true;
@@ -154,10 +170,31 @@ static void failed(struct agent *agent, struct proc *proc, const struct report *
     proc_free(agent, proc); /* its exit is reaped as a stranger's */
 }
 
+/* A report, as read(2) gives it; a listener that came with it is taken over. */
+static ssize_t receive(struct agent *agent, const struct proc *proc, struct report *report) {
+    union {
+        struct cmsghdr header;
+        char room[CMSG_SPACE(sizeof(int))];
+    } extra;
+    struct iovec piece = {report, sizeof(*report)};
+    struct msghdr message = {
+        .msg_iov = &piece, .msg_iovlen = 1, .msg_control = &extra, .msg_controllen = sizeof(extra)};
+    ssize_t size = recvmsg(proc->status_fd, &message, MSG_CMSG_CLOEXEC);
+    struct cmsghdr *given = size > 0 ? CMSG_FIRSTHDR(&message) : NULL;
+    if (given != NULL && given->cmsg_type == SCM_RIGHTS) {
+        int listener;
+        memcpy(&listener, CMSG_DATA(given), sizeof(listener));
+        if (!supervise_add(agent, listener)) {
+            log_line("too many filters at once: the calls of a process fail with ENOSYS", "", 0);
+        }
+    }
+    return size;
+}
+
 void proc_status(struct agent *agent, struct proc *proc) {
     struct report report;
     for (;;) {
-        ssize_t size = read(proc->status_fd, &report, sizeof(report));
+        ssize_t size = receive(agent, proc, &report);
         if (size == (ssize_t)sizeof(report) && report.error != 0) {
             failed(agent, proc, &report);
             return;

@@ -34,6 +34,7 @@ class StartPlan:
     layers: tuple[LayerFile, ...]  # lowest first
     vm_uid: int
     folder: Path  # absolute; private, made by the engine, goes with it
+    tell: Callable[[str, str], None] = lambda reason, message: None  # puts it into the sandbox's event log
 
     def __post_init__(self) -> None:
         if not self.folder.is_absolute():

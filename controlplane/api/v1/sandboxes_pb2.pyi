@@ -131,6 +131,28 @@ RESTART_ON_HOST_LOSS: RestartPolicy.ValueType  # 2
 """it begins anew on another host, with the same name and uid under a new epoch"""
 Global___RestartPolicy: _TypeAlias = RestartPolicy  # noqa: Y015
 
+class _Answerer:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _AnswererEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Answerer.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    ANSWERER_UNSPECIFIED: _Answerer.ValueType  # 0
+    """the tenant's default, else the kernel"""
+    ANSWER_KERNEL: _Answerer.ValueType  # 1
+    ANSWER_TOOL: _Answerer.ValueType  # 2
+    ANSWER_DENY: _Answerer.ValueType  # 3
+
+class Answerer(_Answerer, metaclass=_AnswererEnumTypeWrapper):
+    """Who answers a service of a sandbox: its own kernel, a tool of ours, or nobody."""
+
+ANSWERER_UNSPECIFIED: Answerer.ValueType  # 0
+"""the tenant's default, else the kernel"""
+ANSWER_KERNEL: Answerer.ValueType  # 1
+ANSWER_TOOL: Answerer.ValueType  # 2
+ANSWER_DENY: Answerer.ValueType  # 3
+Global___Answerer: _TypeAlias = Answerer  # noqa: Y015
+
 class _NetworkMode:
     ValueType = _typing.NewType("ValueType", _builtins.int)
     V: _TypeAlias = ValueType  # noqa: Y015
@@ -277,6 +299,55 @@ class Process(_message.Message):
 Global___Process: _TypeAlias = Process  # noqa: Y015
 
 @_typing.final
+class ServicePolicy(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SOCKETS_FIELD_NUMBER: _builtins.int
+    DNS_FIELD_NUMBER: _builtins.int
+    FILES_FIELD_NUMBER: _builtins.int
+    SECRETS_FIELD_NUMBER: _builtins.int
+    TIME_FIELD_NUMBER: _builtins.int
+    SYSVIEW_FIELD_NUMBER: _builtins.int
+    DEVICES_FIELD_NUMBER: _builtins.int
+    ALLOW_FIELD_NUMBER: _builtins.int
+    PUBLISH_FIELD_NUMBER: _builtins.int
+    sockets: Global___Answerer.ValueType
+    dns: Global___Answerer.ValueType
+    files: Global___Answerer.ValueType
+    secrets: Global___Answerer.ValueType
+    time: Global___Answerer.ValueType
+    sysview: Global___Answerer.ValueType
+    devices: Global___Answerer.ValueType
+    @_builtins.property
+    def allow(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """sockets: tool: tcp:10.0.0.0/8:443, udp:1.1.1.1:53, tcp:*.example.org:80-90"""
+
+    @_builtins.property
+    def publish(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """[ADDRESS:]HOST_PORT:PORT[/udp]"""
+
+    def __init__(
+        self,
+        *,
+        sockets: Global___Answerer.ValueType = ...,
+        dns: Global___Answerer.ValueType = ...,
+        files: Global___Answerer.ValueType = ...,
+        secrets: Global___Answerer.ValueType = ...,
+        time: Global___Answerer.ValueType = ...,
+        sysview: Global___Answerer.ValueType = ...,
+        devices: Global___Answerer.ValueType = ...,
+        allow: _abc.Iterable[_builtins.str] | None = ...,
+        publish: _abc.Iterable[_builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["allow", b"allow", "devices", b"devices", "dns", b"dns", "files", b"files", "publish", b"publish", "secrets", b"secrets", "sockets", b"sockets", "sysview", b"sysview", "time", b"time"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ServicePolicy: _TypeAlias = ServicePolicy  # noqa: Y015
+
+@_typing.final
 class SandboxSpec(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -313,6 +384,7 @@ class SandboxSpec(_message.Message):
     CHECKPOINT_FIELD_NUMBER: _builtins.int
     RULES_FIELD_NUMBER: _builtins.int
     NETWORK_FIELD_NUMBER: _builtins.int
+    SERVICES_FIELD_NUMBER: _builtins.int
     image: _builtins.str
     """name as given; the server resolves image_digest"""
     image_digest: _builtins.str
@@ -339,6 +411,8 @@ class SandboxSpec(_message.Message):
     def network(self) -> Global___Network:
         """unset: none"""
 
+    @_builtins.property
+    def services(self) -> Global___ServicePolicy: ...
     def __init__(
         self,
         *,
@@ -354,10 +428,11 @@ class SandboxSpec(_message.Message):
         checkpoint: _builtins.str = ...,
         rules: Global___PlacementRules | None = ...,
         network: Global___Network | None = ...,
+        services: Global___ServicePolicy | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["network", b"network", "process", b"process", "resources", b"resources", "rules", b"rules"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["network", b"network", "process", b"process", "resources", b"resources", "rules", b"rules", "services", b"services"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["checkpoint", b"checkpoint", "class", b"class", "cold", b"cold", "hostname", b"hostname", "image", b"image", "image_digest", b"image_digest", "labels", b"labels", "network", b"network", "process", b"process", "remove_on_exit", b"remove_on_exit", "resources", b"resources", "restart", b"restart", "rules", b"rules"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["checkpoint", b"checkpoint", "class", b"class", "cold", b"cold", "hostname", b"hostname", "image", b"image", "image_digest", b"image_digest", "labels", b"labels", "network", b"network", "process", b"process", "remove_on_exit", b"remove_on_exit", "resources", b"resources", "restart", b"restart", "rules", b"rules", "services", b"services"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -41,6 +41,7 @@ from hostd.drivers.qemu.vcpus import plugged_count
 from hostd.drivers.qemu.vmm import Launch, Vmms
 from hostd.errors import CannotCheckpoint, CheckpointUnusable, StartFailed
 from hostd.journal import Handle
+from hostd.services.serving import serve
 from hostd.spec import SandboxClass
 from hostd.tasks import to_its_end
 
@@ -173,11 +174,12 @@ class QemuCheckpointing:
             link = await self._vmms.reach_agent(shape, vmm, stack, SessionCarry(procs=(restoring.main,)))
             times.append(self._clock())
             main = await self._renew(plan, link)
+            tool = await serve(plan.spec.services, shape.services_path, link, plan.tell)
             times.append(self._clock())
             stack.pop_all()
         names = ("vmm", "restore", "answer", "renew")
         phases = tuple((name, end - begin) for name, begin, end in zip(names, times, times[1:], strict=False))
-        parts = Parts(vmm.process, vmm.control, link)
+        parts = Parts(vmm.process, vmm.control, link, tool)
         engine = QemuEngine(plan.spec.uid, restoring.handle, parts, self._cgroups, phases, main)
         engine.origin = f"restored from checkpoint {plan.spec.checkpoint[:12]}".rstrip()
         return engine

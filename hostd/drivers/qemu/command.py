@@ -44,6 +44,7 @@ LAST_LAYER_SLOT = 30  # 31 is q35's own ICH9
 FUNCTIONS = 8
 MAX_LAYERS = min(AGENT_MAX_LAYERS, (LAST_LAYER_SLOT - FIRST_LAYER_SLOT + 1) * FUNCTIONS)
 CONSOLE_BYTES = 65536
+SERVICES_SOCKET = "services.sock"
 KERNEL_COMMAND_LINE = (
     "console=ttyS0 panic=-1 quiet swiotlb=noforce psi=1 memhp_default_state=online_movable no_timer_check"
 )
@@ -90,6 +91,11 @@ class GuestShape:
     def agent_path(self) -> Path:
         """The host's end of the agent's port."""
         return self.folder / "agent.sock"
+
+    @property
+    def services_path(self) -> Path:
+        """The host's end of the services port."""
+        return self.folder / SERVICES_SOCKET
 
 
 def qemu_argv(shape: GuestShape, binary: str = "qemu-system-x86_64") -> list[str]:
@@ -217,9 +223,11 @@ def _control(shape: GuestShape) -> list[str]:
         "-mon", "chardev=qmp0,mode=control",
         "-chardev", f"ringbuf,id=console0,size={CONSOLE_BYTES}",
         "-serial", "chardev:console0",
-        "-device", "virtio-serial-pci,id=serial0,max_ports=2,addr=2",
+        "-device", "virtio-serial-pci,id=serial0,max_ports=3,addr=2",
         "-chardev", f"socket,id=agent0,path={_quoted(shape.agent_path)},server=on,wait=off",
         "-device", "virtserialport,bus=serial0.0,nr=1,chardev=agent0,name=sandloom.agent",
+        "-chardev", f"socket,id=services0,path={_quoted(shape.services_path)},server=on,wait=off",
+        "-device", "virtserialport,bus=serial0.0,nr=2,chardev=services0,name=sandloom.services",
     ]  # fmt: skip
 
 

@@ -21,7 +21,7 @@ from hostd.drivers.contract import Checkpointing, Engine, StartPlan
 from hostd.drivers.qemu.checkpointing import QemuCheckpointing
 from hostd.drivers.qemu.checkpointtaking import let_run
 from hostd.drivers.qemu.cloning import Cloner
-from hostd.drivers.qemu.command import GuestShape
+from hostd.drivers.qemu.command import SERVICES_SOCKET, GuestShape
 from hostd.drivers.qemu.control import Control
 from hostd.drivers.qemu.engine import Parts, QemuEngine
 from hostd.drivers.qemu.plan import GuestKernel, configure_for, limits_for, shape_for
@@ -32,6 +32,7 @@ from hostd.drivers.seat import seat_of
 from hostd.errors import StartFailed, TemplateUnusable
 from hostd.journal import Handle
 from hostd.process import WatchedProcess, open_same
+from hostd.services.serving import serve
 from hostd.spec import MemoryShape
 from hostd.tasks import to_its_end
 
@@ -129,9 +130,10 @@ class QemuDriver:
         memory = MemoryShape(handle.base_mib, handle.elastic_mib)
         if memory.elastic_mib:
             await vmm.control.request_elastic_mib(memory.requested_mib(plan.spec.resources.memory_mib))
+        seat = seat_of(plan.spec.uid, plan.folder, handle)
+        tool = await serve(plan.spec.services, seat.folder / SERVICES_SOCKET, link, plan.tell)
         phases = (*phases, ("agent", self._clock() - begin_s))
-        name = seat_of(plan.spec.uid, plan.folder, handle).name
-        return QemuEngine(name, handle, Parts(vmm.process, vmm.control, link), self.cgroups, phases)
+        return QemuEngine(seat.name, handle, Parts(vmm.process, vmm.control, link, tool), self.cgroups, phases)
 
     async def adopt(self, plan: StartPlan, handle: Handle, offsets: dict[int, int]) -> Engine | None:
         """See Driver.adopt. None when the process is gone; AgentLost or ControlLost when it does not answer."""
@@ -154,8 +156,9 @@ class QemuDriver:
             await link.thaw()
             if handle.template and self._cloner is not None:
                 await self._cloner.templates.adopt(handle.template, handle.pid)
+            tool = await serve(plan.spec.services, folder / SERVICES_SOCKET, link, plan.tell)
             stack.pop_all()
-            return QemuEngine(seat.name, handle, Parts(process, control, link), self.cgroups)
+            return QemuEngine(seat.name, handle, Parts(process, control, link, tool), self.cgroups)
 
     async def destroy(self, uid: str, folder: Path, handle: Handle | None) -> None:
         """See Driver.destroy."""

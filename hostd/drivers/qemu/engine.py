@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
+from typing import Any
 
 from guestagent.errors import BadRequest
 from guestagent.messages import MAIN_PROC, GuestEvent, StartProcess
@@ -27,8 +28,11 @@ from hostd.memory.events import MemoryEvents
 from hostd.memory.values import MemoryEvent, MemoryNow, Resized
 from hostd.process import WatchedProcess
 from hostd.regions import regions_of
+from hostd.services.sockets import SocketsTool
 from hostd.spec import Command, Resources
 from hostd.turnstile import Turnstile
+
+SERVICES_LAG_S = 4.0
 
 
 @dataclass(frozen=True)
@@ -38,6 +42,7 @@ class Parts:
     process: WatchedProcess
     control: Control
     link: AgentLink
+    tool: SocketsTool | None = None
 
 
 class QemuEngine:
@@ -69,13 +74,29 @@ class QemuEngine:
         return self._parts.link
 
     @property
+    def tool(self) -> SocketsTool | None:
+        """What serves its services port, if anything does."""
+        return self._parts.tool
+
+    @property
     def control(self) -> Control:
         """QEMU's control session, for checkpoints."""
         return self._parts.control
 
     async def wait_gone(self) -> Loss:
         """See Engine.wait_gone."""
-        return await first_loss(self._parts.process.gone, self._parts.link.lost)
+        parts = self._parts
+        if parts.tool is None:
+            return await first_loss(parts.process.gone, parts.link.lost)
+        first = asyncio.create_task(first_loss(parts.process.gone, parts.link.lost))
+        try:
+            either: set[asyncio.Future[Any]] = {first, parts.tool.lost}
+            await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
+            if not first.done():  # as with the agent's port: it closes a moment before its QEMU is seen to end
+                await asyncio.wait({first}, timeout=SERVICES_LAG_S)
+            return first.result() if first.done() else Loss("ServicesLost", parts.tool.lost.result())
+        finally:
+            first.cancel()
 
     async def spawn(self, command: Command, *, main: bool) -> AgentProcess:
         """See Engine.spawn."""
@@ -136,6 +157,8 @@ class QemuEngine:
         self._memory_events.close()
         await self._resizing.aclose()
         self._memory.close()
+        if self._parts.tool is not None:
+            await self._parts.tool.aclose()
         await self._parts.link.close()
         await self._parts.control.close()
         self._parts.process.close()

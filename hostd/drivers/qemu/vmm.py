@@ -3,6 +3,7 @@
 RUN/<uid>/            owned by the VM's uid, 0700; made by fork(), removed by destroy()
     qmp.sock          QEMU's control socket (QEMU listens)
     agent.sock        the host's end of the agent's virtio-serial port (QEMU listens)
+    services.sock     the host's end of the services port (QEMU listens)
     vmm.log           what QEMU itself printed
 """
 

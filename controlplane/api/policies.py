@@ -1,0 +1,83 @@
+"""Between sandloom.v1's ServicePolicy and the value, for control plane and hosts; and which class can serve what. Pure.
+
+`SERVABLE` is the one table of it: a service that a class cannot have answered so is refused by name when a sandbox is
+created, never left out in silence.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from controlplane.api.errors import PolicyError
+from controlplane.api.services import (
+    ALL_KERNEL,
+    Answerer,
+    Service,
+    ServicePolicy,
+    parse_allow,
+    parse_publish,
+)
+from controlplane.api.v1 import sandboxes_pb2
+
+ANSWERERS = {
+    Answerer.KERNEL: sandboxes_pb2.ANSWER_KERNEL,
+    Answerer.TOOL: sandboxes_pb2.ANSWER_TOOL,
+    Answerer.DENY: sandboxes_pb2.ANSWER_DENY,
+}
+_ANSWERERS_IN = {number: answerer for answerer, number in ANSWERERS.items()}
+_KERNEL_ONLY = (Answerer.KERNEL,)
+_ALL = (Answerer.KERNEL, Answerer.TOOL, Answerer.DENY)
+
+SERVABLE: dict[str, dict[Service, tuple[Answerer, ...]]] = {
+    "guest-kernel": {Service.SOCKETS: _ALL, Service.DNS: _ALL},
+    "user-kernel": {},
+    "host-kernel": {},
+}
+"""By class and service; what is not named is the kernel's only."""
+
+
+def require_servable(class_name: str, policy: ServicePolicy) -> None:
+    """PolicyError that names the first service which a sandbox of this class cannot have answered so, and who can."""
+    for service, answerer in policy.answered:
+        if answerer in SERVABLE[class_name].get(service, _KERNEL_ONLY):
+            continue
+        able = [name for name, can in SERVABLE.items() if answerer in can.get(service, _KERNEL_ONLY)]
+        remedy = f"classes that can: {', '.join(able)}" if able else f"leave {service.value} to the kernel"
+        raise PolicyError(f"{service.value}: {answerer.value} is not to be had with class {class_name}: {remedy}")
+
+
+def parse_policy(message: sandboxes_pb2.ServicePolicy, default: ServicePolicy = ALL_KERNEL) -> ServicePolicy:
+    """The policy; what the message leaves open is as in `default`, its rules too when sockets are left open.
+
+    PolicyError says what is wrong."""
+    policy = default
+    if message.sockets:
+        policy = replace(default, sockets=Answerer.KERNEL, dns=Answerer.KERNEL, allow=(), publish=())
+    rules = tuple(map(parse_allow, message.allow)) or policy.allow
+    published = tuple(map(parse_publish, message.publish)) or policy.publish
+    answerers = {service.value: _answerer(service, message, policy) for service in Service}
+    return ServicePolicy(**answerers, allow=rules, publish=published)
+
+
+def _answerer(service: Service, message: sandboxes_pb2.ServicePolicy, default: ServicePolicy) -> Answerer:
+    number = getattr(message, service.value)
+    if number == sandboxes_pb2.ANSWERER_UNSPECIFIED:
+        return default.of(service)
+    if number not in _ANSWERERS_IN:
+        raise PolicyError(f"{service.value}: {number} is no answerer that this version knows")
+    return _ANSWERERS_IN[number]
+
+
+def render_policy(policy: ServicePolicy) -> sandboxes_pb2.ServicePolicy:
+    """The message; every service is named, so that nothing is left to a default of somebody else's."""
+    return sandboxes_pb2.ServicePolicy(
+        sockets=ANSWERERS[policy.sockets],
+        dns=ANSWERERS[policy.dns],
+        files=ANSWERERS[policy.files],
+        secrets=ANSWERERS[policy.secrets],
+        time=ANSWERERS[policy.time],
+        sysview=ANSWERERS[policy.sysview],
+        devices=ANSWERERS[policy.devices],
+        allow=[str(rule) for rule in policy.allow],
+        publish=[str(port) for port in policy.publish],
+    )

@@ -1,0 +1,145 @@
+"""Service policies: what people write, what is refused and why, what travels."""
+
+from __future__ import annotations
+
+import ipaddress
+from pathlib import Path
+
+import pytest
+
+from controlplane import codec, config
+from controlplane.api.errors import PolicyError
+from controlplane.api.policies import parse_policy, render_policy, require_servable
+from controlplane.api.services import (
+    ALL_KERNEL,
+    AllowRule,
+    Answerer,
+    Publish,
+    Service,
+    ServicePolicy,
+    Transport,
+    parse_allow,
+    parse_publish,
+)
+from controlplane.api.v1 import sandboxes_pb2
+from controlplane.edge.sandboxes import parse_services
+from controlplane.errors import ConfigError, Invalid
+from controlplane.model import SandboxClass
+
+RULES = (
+    "tcp:10.0.0.0/8:443", "udp:1.1.1.1:53-54", "tcp:*:*", "tcp:[2001:db8::/32]:80", "tcp:*.example.org:80",
+    "tcp:mirror.example.org:443", "udp:*:123",
+)  # fmt: skip
+TOOL = ServicePolicy(
+    sockets=Answerer.TOOL,
+    dns=Answerer.TOOL,
+    allow=tuple(map(parse_allow, RULES)),
+    publish=(Publish(8080, 80), Publish(0, 53, Transport.UDP, "::1")),
+)
+
+
+@pytest.mark.parametrize("text", RULES)
+def test_a_rule_reads_as_it_was_written(text: str) -> None:
+    assert str(parse_allow(text)) == text
+
+
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        ("10.0.0.0/8:443", "no rule"), ("tcp:10.0.0.1/8:443", "host bits"), ("tcp:443", "no rule"),
+        ("tcp:1.2.3.4:http", "no port"), ("tcp:1.2.3.4:90-80", "no range"), ("tcp:1.2.3.4:70000", "no range"),
+        ("tcp:a..b:80", "no DNS name"), ("tcp:*.*.org:80", "no DNS name"), ("tcp:[zz]:80", "no network"),
+        ("icmp:1.2.3.4:1", "neither tcp nor udp"), ("", "no rule"),
+    ],
+)  # fmt: skip
+def test_what_is_no_rule_is_refused_with_the_reason(text: str, why: str) -> None:
+    with pytest.raises(PolicyError, match=why):
+        parse_allow(text)
+
+
+def test_a_published_port_is_on_loopback_unless_it_says_otherwise() -> None:
+    assert parse_publish("8080:80") == Publish(8080, 80, Transport.TCP, "127.0.0.1")
+    assert parse_publish("0.0.0.0:53:5353/udp") == Publish(53, 5353, Transport.UDP, "0.0.0.0")
+    assert str(parse_publish("[::]:8080:80")) == "[::]:8080:80/tcp"
+    for text in ("80", "x:80", "8080:0", "70000:1", "8080:80/sctp", "nowhere:8080:80"):
+        with pytest.raises(PolicyError):
+            parse_publish(text)
+
+
+def test_a_rule_over_everything_leaves_the_hosts_own_out() -> None:
+    everything, loopback = parse_allow("tcp:*:*"), parse_allow("tcp:127.0.0.0/8:*")
+    own = ("127.0.0.1", "169.254.169.254", "::1", "fe80::1", "0.0.0.0", "100.64.0.1", "fd73:616e:646c::1", "224.0.0.1")
+    for text in own:
+        assert not everything.has_address(ipaddress.ip_address(text)), text
+    assert everything.has_address(ipaddress.ip_address("10.1.2.3"))
+    assert loopback.has_address(ipaddress.ip_address("127.0.0.1"))
+
+
+def test_a_name_rule_is_for_the_name_or_for_all_below_it() -> None:
+    below, exact = parse_allow("tcp:*.example.org:80"), parse_allow("tcp:example.org:80")
+    assert below.has_name("mirror.example.org") and below.has_name("a.b.example.org")
+    assert not below.has_name("example.org") and not below.has_name("evilexample.org")
+    assert exact.has_name("example.org") and not exact.has_name("mirror.example.org")
+    assert not below.has_address(ipaddress.ip_address("10.0.0.1"))
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"allow": (AllowRule(Transport.TCP),)}, {"publish": (Publish(1, 1),)}, {"dns": Answerer.TOOL},
+        {"sockets": Answerer.TOOL, "allow": (AllowRule(Transport.TCP, name="a.b"),)},
+        {"sockets": Answerer.TOOL, "publish": (Publish(80, 1), Publish(80, 2))},
+    ],
+)  # fmt: skip
+def test_a_policy_that_contradicts_itself_cannot_exist(wrong: dict[str, object]) -> None:
+    with pytest.raises(PolicyError):
+        ServicePolicy(**wrong)  # type: ignore[arg-type]
+
+
+def test_a_policy_travels_whole() -> None:
+    assert parse_policy(render_policy(TOOL)) == TOOL
+    assert parse_policy(render_policy(ALL_KERNEL), TOOL) == ALL_KERNEL
+    assert codec.decode(ServicePolicy, codec.encode(TOOL), "here") == TOOL
+
+
+def test_what_a_request_leaves_open_is_the_tenants_default() -> None:
+    assert parse_policy(sandboxes_pb2.ServicePolicy(), TOOL) == TOOL
+    asked = sandboxes_pb2.ServicePolicy(sockets=sandboxes_pb2.ANSWER_DENY)
+    assert parse_policy(asked, TOOL) == ServicePolicy(sockets=Answerer.DENY)
+    more = sandboxes_pb2.ServicePolicy(publish=["8080:80"])
+    assert parse_policy(more, TOOL).publish == (Publish(8080, 80),)
+    assert parse_policy(more, TOOL).allow == TOOL.allow
+
+
+@pytest.mark.parametrize("sandbox_class", [SandboxClass.USER_KERNEL, SandboxClass.HOST_KERNEL])
+def test_what_a_class_cannot_have_is_refused_by_name(sandbox_class: SandboxClass) -> None:
+    with pytest.raises(
+        Invalid, match=rf"sockets: tool is not to be had with class {sandbox_class.value}.*guest-kernel"
+    ):
+        parse_services(render_policy(TOOL), sandbox_class, ALL_KERNEL)
+    require_servable(sandbox_class.value, ALL_KERNEL)
+
+
+def test_every_service_has_a_field_and_a_number() -> None:
+    for service in Service:
+        assert ALL_KERNEL.of(service) is Answerer.KERNEL
+        assert service.value in sandboxes_pb2.ServicePolicy.DESCRIPTOR.fields_by_name
+    with pytest.raises(PolicyError, match="no answerer"):
+        parse_policy(sandboxes_pb2.ServicePolicy.FromString(b"\x08\x09"))
+
+
+BASE = {"listen": "a:1", "store": "sqlite:s", "tls_ca": "ca", "tls_cert": "c", "tls_key": "k"}
+
+
+def test_tenants_defaults_come_from_the_configuration() -> None:
+    values = {**BASE, "services": {"acme": {"sockets": "tool", "allow": ["tcp:10.0.0.0/8:443"]}}}
+    parsed = config.parse(values, "here", Path())
+    assert parsed.services == (("acme", ServicePolicy(sockets=Answerer.TOOL, allow=(parse_allow(RULES[0]),))),)
+
+
+@pytest.mark.parametrize(
+    "keys", [{"sockets": "maybe"}, {"socket": "tool"}, {"allow": "tcp:*:*"}, {"allow": [1]}, {"dns": "tool"}, 3]
+)
+def test_a_default_that_cannot_be_read_names_the_tenant(keys: object) -> None:
+    with pytest.raises(ConfigError, match=r"here: services\.acme"):
+        config.parse({**BASE, "services": {"acme": keys}}, "here", Path())
