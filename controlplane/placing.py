@@ -50,7 +50,7 @@ def assigned(view: View, sandbox: Sandbox, demand: Demand, chosen: Placement) ->
     policy, score = scheduler.DEFAULT_POLICY, chosen.score
     because = Placed(
         chosen.host, view.revision, len(view.hosts), chosen.marginal_mib, chosen.shared_mib, demand.charge_mib,
-        chosen.pool, score.parts(policy) if score else (),
+        chosen.pool, score.parts(policy, spread=demand.rules.spread is not None) if score else (),
     )  # fmt: skip
     why = f"it has a ready member of pool {chosen.pool}" if chosen.pool else ""
     after = transitions.scheduled(sandbox, chosen.host, max(view.revision, sandbox.epoch + 1), why=why)

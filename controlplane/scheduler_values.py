@@ -259,10 +259,11 @@ class Score:
     room_mib: int  # what the host has left before: the tightest fit keeps large rooms whole
     host: str
 
-    def parts(self, policy: Policy) -> tuple[tuple[str, str], ...]:
-        """Each part for people."""
+    def parts(self, policy: Policy, *, spread: bool) -> tuple[tuple[str, str], ...]:
+        """Each part for people; whether it is spread at all only the demand knows."""
+        told = [("spread", f"{self.spread} of its group in the same part of its spread")] if spread else []
         return (
-            ("spread", f"{self.spread} of its group in the same part of its spread"),
+            *told,
             ("start", "a cold start or a clone" if self.cold else "a ready member of a warm pool"),
             ("strain", policy.levels[self.level].text),
             ("memory", f"it adds {self.marginal_mib} MiB there"),

@@ -23,7 +23,7 @@ from controlplane.scheduler_values import Demand, layer_mib
 QUANTILES = (0.5, 0.95, 0.99)
 MOMENTS = 400
 """A picture needs no more; twice as many are kept at most."""
-PEAK_STEP, PEAK_FROM = 1.02, 0.05
+PEAK_STEP, PEAK_FROM = 1.02, 0.005
 """The hosts are looked at again once so much more is promised than when they were last, from that share of memory
 on."""
 
@@ -140,10 +140,10 @@ class Measures:
         self._park_time += self._park * lasted_s
         self._oom_time += self._oom * lasted_s
         self._busy_time += self._busy * lasted_s
-        self._saved_mib = max(self._saved_mib, self._running_asked_mib - self._promised_mib)
         self._remember(before_s)
 
     def _remember(self, time_s: float) -> None:
+        self._saved_mib = max(self._saved_mib, self._running_asked_mib - self._promised_mib)
         if self._promised_mib > max(PEAK_STEP * self._peak_mib, PEAK_FROM * self._capacity_mib):
             self._peak_mib, self._peak_s = float(self._promised_mib), time_s
             self._peak_hosts = tuple(map(memory_of, self._index.rows()))
@@ -204,6 +204,7 @@ class Measures:
     def finished(self, waits_s: Sequence[float]) -> Measured:
         """Everything, once the last event is over."""
         ended_s = self._time_s or 0.0
+        self._remember(ended_s)
         busy = max(self._busy_time, 1e-9)
         return Measured(
             self._memory.spread(), self._cpu.spread(), self._overcommit.spread(),

@@ -16,7 +16,7 @@ from controlplane.capacity.workload import Workload, demand_of
 from controlplane.cli.command import Command, Shell, add_output
 from controlplane.cli.errors import UsageError
 from controlplane.cli.output import Column, render_table
-from controlplane.cli.planoutput import FORMS, LEGEND, aligned, change, memory_bar, told, write_report
+from controlplane.cli.planoutput import FORMS, LEGEND, aligned, change, hosts_text, memory_bar, told, write_report
 from controlplane.cli.planstate import State, StateOptions, add_state, load_state, parse_state, workload_of
 
 MOST_ROWS = 20
@@ -75,7 +75,7 @@ def act(options: FitOptions, shell: Shell) -> int:
 def sentence(answer: Answer) -> str:
     """The answer in one sentence."""
     found = answer.fit
-    parts = [f"{found.total:,} more {found.workload} fit on {len(found.hosts):,} hosts"]
+    parts = [f"{found.total:,} more {found.workload} fit on {hosts_text(len(found.hosts))}"]
     if answer.wanted:
         short = answer.wanted - found.total
         parts = [f"{answer.wanted:,} {found.workload} {'fit' if short <= 0 else 'do not fit'}: {parts[0]}"]
@@ -90,7 +90,7 @@ def sentence(answer: Answer) -> str:
 def text_of(answer: Answer, *, wide: bool) -> str:
     """For people."""
     found, need = answer.fit, answer.fit.need
-    binds = ", ".join(f"{name} on {count:,} hosts" for name, count in found.bindings)
+    binds = ", ".join(f"{name} on {hosts_text(count)}" for name, count in found.bindings)
     one = f"{need.guaranteed_mib} MiB guaranteed + {need.overhead_mib} overhead + {need.page_tables_mib} page tables"
     one += f" + {need.measured_mib} by measured use" if need.measured_mib else ""
     rows = [

@@ -57,6 +57,11 @@ def change(now: float, before: float) -> str:
     return "" if not before else f"{100 * (now - before) / before:+.0f} %"
 
 
+def hosts_text(count: int) -> str:
+    """`1 host`, `1,200 hosts`."""
+    return f"{count:,} host{'' if count == 1 else 's'}"
+
+
 def share(value: float) -> str:
     """A share for people: enough digits to see that it is not nothing."""
     return f"{value:.0%}" if value >= 0.1 or value == 0 else f"{100 * value:.2g}%"

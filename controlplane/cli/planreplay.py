@@ -21,7 +21,18 @@ from controlplane.capacity.trace_public import Assumed, read
 from controlplane.cli.command import Command, Shell, add_output
 from controlplane.cli.errors import CliError, UsageError
 from controlplane.cli.plan import percent
-from controlplane.cli.planoutput import FORMS, LEGEND, aligned, memory_bar, plain, plot_width, share, told, write_report
+from controlplane.cli.planoutput import (
+    FORMS,
+    LEGEND,
+    aligned,
+    hosts_text,
+    memory_bar,
+    plain,
+    plot_width,
+    share,
+    told,
+    write_report,
+)
 from controlplane.cli.planstate import State, StateOptions, add_state, load_state, parse_state, recorded
 from controlplane.cli.progress import Progress
 from controlplane.cli.sizes import parse_duration_s
@@ -120,7 +131,7 @@ def sentence(ran: Ran, target: Target) -> str:
     """What came of it, in one sentence."""
     wait, run = ran.measured.wait_s, ran.run
     lost = f" with {target.lose} lost at their peak" if target.lose else ""
-    text = f"{ran.arrivals:,} sandboxes on {ran.hosts:,} hosts{lost}: 99 % waited {svg.duration(wait.p99)} at most"
+    text = f"{ran.arrivals:,} sandboxes on {hosts_text(ran.hosts)}{lost}: 99 % waited {svg.duration(wait.p99)} at most"
     verdict = "the target is met" if met(run, target) else "the target is missed"
     return f"{text}, {run.waiting:,} found no place; {verdict} ({svg.duration(target.wait_s)} and none)"
 
@@ -165,7 +176,7 @@ def text_of(ran: Ran, target: Target, sized: Sized | None) -> str:
     text += "the fullest hosts when most was promised:\n"
     text += aligned([(host.host, memory_bar(host)) for host in fullest]) + f"  {LEGEND}\n"
     if sized is not None:
-        found = f"{sized.hosts:,} hosts" if sized.hosts else "no number of hosts"
+        found = hosts_text(sized.hosts) if sized.hosts else "no number of hosts"
         text += f"\nthe smallest number that meets the target: {found} ({sized.runs} runs)\n"
     return text + (f"trace: {ran.note}\n" if ran.note else "")
 

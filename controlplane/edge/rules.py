@@ -72,7 +72,9 @@ def render_explanation(explained: Explanation) -> sandboxes_pb2.Explanation:
     for verdict in explained.verdicts:
         told = message.verdicts.add(host=verdict.host, fits=verdict.refusal is None)
         if verdict.score is not None:
-            told.score.extend(_reasons(verdict.score.parts(explained.policy)))
+            told.score.extend(
+                _reasons(verdict.score.parts(explained.policy, spread=sandbox.spec.rules.spread is not None))
+            )
         if verdict.refusal is not None:
             told.reason, told.message = verdict.refusal.reason, verdict.refusal.message
             told.lacking, told.for_now = verdict.refusal.lacking, verdict.refusal.for_now

@@ -72,7 +72,7 @@ def test_replay_measures_and_finds_hosts(cli: Cli, cluster: str, trace: str, tmp
     report = tmp_path / "r.html"
     out = cli.ok("plan", "replay", trace, "--cluster", cluster, "--smallest", "--report", str(report))
     assert "20 sandboxes on 2 hosts: 99 % waited 0 s at most, 0 found no place; the target is met" in out
-    assert "the smallest number that meets the target: 1 hosts" in out
+    assert "the smallest number that meets the target: 1 host" in out
     assert report.read_text().count("<svg") == 3
     done = cli("plan", "replay", trace, "--cluster", cluster, "--hosts", "2", "--lose", "1", "-o", "json")
     data = json.loads(done.out)
