@@ -59,11 +59,13 @@ class Images:
         return [image for key, image in self._view.images.items() if key.startswith(prefix)]
 
     def host_for_import(self, wanted: str) -> Host:
-        """The host an upload goes to: the wanted one, else the READY one with most free disk. Unavailable."""
+        """The host an image goes to: the wanted one, else the one with most free disk, of those that take new things
+        if there is any. Unavailable."""
         view = self._view
         if wanted and wanted not in view.hosts:
             raise NotFound("HostNotFound", f"there is no host {wanted}", host=wanted)
-        ready = [host for name, host in view.hosts.items() if name in view.alive and wanted in ("", name)]
+        alive = [host for name, host in view.hosts.items() if name in view.alive and wanted in ("", name)]
+        ready = [host for host in alive if wanted or view.member(host.name).takes_new] or alive
         if not ready:
             who = f"host {wanted} is LOST" if wanted else "no host is READY"
             raise Unavailable("NoHost", f"{who}: start its sandloom-hostd, then import again", host=wanted)

@@ -128,6 +128,16 @@ class Registry:
                 f"host {name} holds {shown}: drain it first (`sandloom hosts drain {name}`), or remove it with --force"
             )
             raise Precondition("HostHolds", text, host=name, sandboxes=",".join(live)[:256])
+        only_here = sorted({
+            image.name for image in self._view.images.values()
+            if self._view.holders(image.tenant, image.digest) == [name]
+        })  # fmt: skip
+        if only_here:
+            text = (
+                f"images {', '.join(only_here[:8])} are on host {name} only: start a sandbox of each elsewhere, which"
+                " fetches it, or remove the host with --force and import them again"
+            )
+            raise Precondition("HostHolds", text, host=name, images=",".join(only_here)[:256])
 
     async def _traces(self, name: str) -> list[Write]:
         """What else there is of a host: its report, its lease's key, the images it holds."""

@@ -225,6 +225,25 @@ def _phase_is(plane: Plane, uid: str, phase: Phase) -> Sandbox | None:
     return sandbox if sandbox.status.phase is phase else None
 
 
+async def test_the_last_host_that_has_an_image_is_not_removed_unless_forced(plane: Plane) -> None:
+    client, _, there = await two_hosts(plane)
+    await client.hosts.RemoveHost(hosts_pb2.RemoveHostRequest(name="h1"))  # h2 has it, too
+    last = hosts_pb2.RemoveHostRequest(name=there.name)
+    failure = await refused(client.hosts.RemoveHost(last))
+    assert (failure.reason, failure.detail("images")) == ("HostHolds", "base") and "--force" in failure.message
+    last.force = True
+    await client.hosts.RemoveHost(last)
+
+
+async def test_an_upload_goes_to_a_host_that_takes_new_things(plane: Plane) -> None:
+    client, one, two = await two_hosts(plane)
+    uploads = len(one.imports)
+    for cordoned in ("h2", "h1"):  # then the other; then whichever is alive
+        await client.hosts.CordonHost(hosts_pb2.CordonHostRequest(name=cordoned))
+        await client.import_image(f"after-{cordoned}")
+    assert len(one.imports) >= uploads + 1 and len(one.imports) + len(two.imports) == 4
+
+
 async def test_a_removed_host_is_told_no_more(plane: Plane) -> None:
     """Its open watch ends, too: nothing that comes later reaches it."""
     client, one, _ = await two_hosts(plane)

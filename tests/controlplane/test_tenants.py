@@ -11,7 +11,9 @@ import pytest
 from controlplane.api.identity import Role
 from controlplane.api.status import Condition, Failure, parse_error
 from controlplane.api.v1 import hosts_pb2, images_pb2, sandboxes_pb2, tenants_pb2
-from controlplane.quotas import Quota
+from controlplane.errors import Exhausted
+from controlplane.model import Checkpoint, Resources, Sandbox, SandboxSpec
+from controlplane.quotas import Quota, require_checkpoint_within
 from controlplane.tenancy import Tenant
 from tests.controlplane.conftest import Client, Configured, Plane, planed
 from tests.controlplane.fakehost import DIGEST
@@ -188,3 +190,13 @@ async def test_a_record_replaces_what_the_configuration_implied(configured: Conf
         assert plane.parts.tenants.quota("acme") == Quota(sandboxes=2)
         await client.tenants.DeleteTenant(pb.DeleteTenantRequest(name="acme"))
         assert plane.parts.tenants.find("acme") == Tenant("acme", Quota(sandboxes=1))
+
+
+def test_a_checkpoint_is_counted_at_its_sources_ceiling_before_it_is_taken() -> None:
+    spec = SandboxSpec("i", Resources(64, 512, 64, 1000))
+    source = Sandbox("s", "u", "acme", spec, 0.0, 1)
+    kept = Checkpoint("c", "c", "acme", "h1", "s", "u", spec, (), 300 << 20, 0.1, 0.0)
+    require_checkpoint_within(Quota(checkpoint_mib=812), [kept], source)
+    require_checkpoint_within(Quota(), [kept], source)
+    with pytest.raises(Exhausted, match="it has 300 and asks for 512 more"):
+        require_checkpoint_within(Quota(checkpoint_mib=811), [kept], source)

@@ -117,7 +117,8 @@ class HostsServicer:
     def RemoveHost(self, request, context):
         """Forgets a host and refuses its certificates from then on; the name may join again with a new token. Idempotent with
         allow_missing. What it still had is replaced elsewhere or FAILED, as its restart policy says; a removed host that
-        still runs ends what it has. Errors: NOT_FOUND, FAILED_PRECONDITION (HostHolds: sandboxes live there, without force).
+        still runs ends what it has. Errors: NOT_FOUND, FAILED_PRECONDITION (HostHolds: without force, sandboxes live there or
+        images are nowhere else).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -54,7 +54,8 @@ class HostsStub:
     RemoveHost: _grpc.UnaryUnaryMultiCallable[_hosts_pb2.RemoveHostRequest, _hosts_pb2.RemoveHostResponse]
     """Forgets a host and refuses its certificates from then on; the name may join again with a new token. Idempotent with
     allow_missing. What it still had is replaced elsewhere or FAILED, as its restart policy says; a removed host that
-    still runs ends what it has. Errors: NOT_FOUND, FAILED_PRECONDITION (HostHolds: sandboxes live there, without force).
+    still runs ends what it has. Errors: NOT_FOUND, FAILED_PRECONDITION (HostHolds: without force, sandboxes live there or
+    images are nowhere else).
     """
     CreateJoinToken: _grpc.UnaryUnaryMultiCallable[_hosts_pb2.CreateJoinTokenRequest, _hosts_pb2.JoinToken]
     """A word by which one host may join, once, until it expires. Not idempotent: each call gives another one. The fabric
@@ -80,7 +81,8 @@ class HostsAsyncStub(HostsStub):
     RemoveHost: _aio.UnaryUnaryMultiCallable[_hosts_pb2.RemoveHostRequest, _hosts_pb2.RemoveHostResponse]  # type: ignore[assignment]
     """Forgets a host and refuses its certificates from then on; the name may join again with a new token. Idempotent with
     allow_missing. What it still had is replaced elsewhere or FAILED, as its restart policy says; a removed host that
-    still runs ends what it has. Errors: NOT_FOUND, FAILED_PRECONDITION (HostHolds: sandboxes live there, without force).
+    still runs ends what it has. Errors: NOT_FOUND, FAILED_PRECONDITION (HostHolds: without force, sandboxes live there or
+    images are nowhere else).
     """
     CreateJoinToken: _aio.UnaryUnaryMultiCallable[_hosts_pb2.CreateJoinTokenRequest, _hosts_pb2.JoinToken]  # type: ignore[assignment]
     """A word by which one host may join, once, until it expires. Not idempotent: each call gives another one. The fabric
@@ -139,7 +141,8 @@ class HostsServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_hosts_pb2.RemoveHostResponse, _abc.Awaitable[_hosts_pb2.RemoveHostResponse]]:
         """Forgets a host and refuses its certificates from then on; the name may join again with a new token. Idempotent with
         allow_missing. What it still had is replaced elsewhere or FAILED, as its restart policy says; a removed host that
-        still runs ends what it has. Errors: NOT_FOUND, FAILED_PRECONDITION (HostHolds: sandboxes live there, without force).
+        still runs ends what it has. Errors: NOT_FOUND, FAILED_PRECONDITION (HostHolds: without force, sandboxes live there or
+        images are nowhere else).
         """
 
     @_abc_1.abstractmethod
