@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from random import Random
 
 import pytest
@@ -126,3 +127,26 @@ def test_the_same_with_more_hosts_than_a_block_has(policy: Policy) -> None:
     world = World(Random(7), 3 * BLOCK, policy)
     for _ in range(60):
         world.step()
+
+
+@settings(max_examples=15, deadline=None)
+@given(st.integers(0, 1 << 32), st.integers(1, 6), st.integers(1, 60))
+def test_a_batch_is_placed_as_one_by_one_and_never_promises_more_than_there_is(
+    seed: int, hosts: int, count: int
+) -> None:
+    random = Random(seed)
+    empty = {name: replace(some_host(random, name), pools=()) for name in (f"h{at}" for at in range(hosts))}
+    demands = [some_demand(random) for _ in range(count)]
+    index, there = Index(Policy(), empty.values()), dict[str, list[Demand]]((name, []) for name in empty)
+    for demand, placement in zip(demands, index.place_all(demands), strict=True):
+        told = scheduler.place(demand, [scheduler.loaded(empty[name], there[name], there[name]) for name in empty])
+        assert placement == told.placement
+        if placement is not None:
+            there[placement.host].append(demand)  # on one host, and on no other
+    for name, mine in there.items():
+        state, row = scheduler.loaded(empty[name], mine, mine), index.row(name)
+        assert min(state.unpromised_mib, state.usable_mib) >= 0 or not mine
+        assert (row.unpromised_mib, row.usable_mib, row.mapped_mib) == (
+            state.unpromised_mib, state.usable_mib, state.mapped_mib,
+        )  # fmt: skip
+        assert sum(demand.memory_min_mib for demand in mine) <= state.capacity.memory_mib
