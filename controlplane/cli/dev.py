@@ -24,6 +24,7 @@ class UpOptions:
     host_name: str | None = None
     accel: str | None = None
     memory_reserve_mib: int | None = None
+    store: str | None = None
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,7 @@ def act_up(options: UpOptions, shell: Shell) -> int:
     settings = devfiles.settings_for(home, options.host_name, options.accel, options.memory_reserve_mib)
     home.prepare()
     with Progress(quiet=shell.quiet) as progress, devfiles.locked(home, waiting=lambda: _wait(progress)):
-        result = devup.up(home, settings, shell, progress)
+        result = devup.up(home, settings, shell, progress, store=options.store)
     host = result.host
     state = "is up" if result.started else "runs already"
     shell.printer.write(
@@ -150,12 +151,21 @@ COLUMNS: tuple[Column[DaemonStatus], ...] = (
 def _configure_up(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--host-name", metavar="NAME", help="this host's name in the fabric; the machine's")
     parser.add_argument("--accel", choices=devfiles.ACCELS, help="kvm, tcg, or auto: kvm where it truly works")
+    parser.add_argument(
+        "--store",
+        metavar="etcd:HOST:PORT,...",
+        help="keep the records in an etcd that runs; a file of HOME's unless given",
+    )
     parser.add_argument("--memory-reserve", metavar="SIZE", help="memory never given to sandboxes; 512M")
 
 
 def _parse_up(namespace: argparse.Namespace) -> UpOptions:
     reserve = namespace.memory_reserve
-    return UpOptions(namespace.host_name, namespace.accel, sizes.parse_size_mib(reserve) if reserve else None)
+    store = namespace.store
+    if store is not None and not store.startswith("etcd:"):
+        raise UsageError(f"--store {store} is no etcd", "", "give etcd:HOST:PORT,..., or leave it out")
+    reserve_mib = sizes.parse_size_mib(reserve) if reserve else None
+    return UpOptions(namespace.host_name, namespace.accel, reserve_mib, store)
 
 
 def _configure_down(parser: argparse.ArgumentParser) -> None:

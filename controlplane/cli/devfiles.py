@@ -60,10 +60,25 @@ def toml(values: Mapping[str, str | int | Path]) -> str:
     return "".join(lines)
 
 
-def controlplane_toml(home: Home, listen: str) -> str:
+def store_for(home: Home, asked: str | None) -> str:
+    """Where records are kept: as recorded by an earlier `dev up`, else as asked, else in a file of HOME's.
+
+    CliError when they would be left behind."""
+    try:
+        recorded = str(tomllib.loads(controlplane_config(home).read_text(encoding="utf-8"))["store"])
+    except (OSError, ValueError, KeyError):
+        return asked or f"sqlite:{home.store / 'sandloom.db'}"
+    if asked is not None and asked != recorded:
+        raise CliError(
+            f"this fabric's records cannot move to {asked}", f"they are in {recorded}",
+            "leave --store out, or begin anew after `sandloom dev down --purge`",
+        )  # fmt: skip
+    return recorded
+
+
+def controlplane_toml(home: Home, listen: str, store: str) -> str:
     """The control plane's configuration."""
     tls = tls_files(home, Role.CONTROLPLANE)
-    store = f"sqlite:{home.store / 'sandloom.db'}"
     return toml({
         "listen": listen, "store": store, "tls_ca": tls.ca, "tls_cert": tls.cert, "tls_key": tls.key,
         "ca_dir": home.tls / "ca", "join_listen": ANY_PORT,

@@ -38,8 +38,9 @@ class Up:
     started: tuple[str, ...]
 
 
-def up(home: Home, settings: HostSettings, shell: Shell, progress: Progress) -> Up:
-    """Makes the fabric run. The caller holds the lock and has prepared HOME.
+def up(home: Home, settings: HostSettings, shell: Shell, progress: Progress, *, store: str | None = None) -> Up:
+    """Makes the fabric run, with its records in `store` (devfiles.store_for). The caller holds the lock and has
+    prepared HOME.
 
     DaemonFailed or CliError when it cannot; daemons that this call started are then ended again, unless the fabric
     was there before (its sandboxes may need them).
@@ -47,7 +48,7 @@ def up(home: Home, settings: HostSettings, shell: Shell, progress: Progress) -> 
     known = home.context.exists()
     started: list[str] = []
     try:
-        controlplane = _ensure_controlplane(home, shell, progress, started)
+        controlplane = _ensure_controlplane(home, shell, progress, started, devfiles.store_for(home, store))
         hostd = _ensure_hostd(home, settings, controlplane, shell, progress, started)
         host = _until_ready(shell, hostd, settings.name, progress)
     except BaseException:
@@ -67,22 +68,22 @@ def end(home: Home, name: str) -> None:
     daemons.forget(home, name)
 
 
-def _ensure_controlplane(home: Home, shell: Shell, progress: Progress, started: list[str]) -> Daemon:
+def _ensure_controlplane(home: Home, shell: Shell, progress: Progress, started: list[str], store: str) -> Daemon:
     running = daemons.running(home, CONTROLPLANE)
     if running is None:
         devfiles.issue(home, Role.OPERATOR, devfiles.OPERATOR)
         devfiles.issue(home, Role.CONTROLPLANE, devfiles.CONTROLPLANE)
-        running = _start_controlplane(home, shell, progress)
+        running = _start_controlplane(home, shell, progress, store)
         started.append(CONTROLPLANE)
     save_context(home, devfiles.context_of(home, running.address))
     return running
 
 
-def _start_controlplane(home: Home, shell: Shell, progress: Progress) -> Daemon:
+def _start_controlplane(home: Home, shell: Shell, progress: Progress, store: str) -> Daemon:
     """On the port it had, so that a hostd that runs finds it; on another one when that is taken now."""
     listens = [address for address in (_former_address(home),) if address] + [devfiles.ANY_PORT]
     for listen in listens:
-        devfiles.write_config(devfiles.controlplane_config(home), devfiles.controlplane_toml(home, listen))
+        devfiles.write_config(devfiles.controlplane_config(home), devfiles.controlplane_toml(home, listen, store))
         argv = [*shell.argvs[CONTROLPLANE], "--config", str(devfiles.controlplane_config(home))]
         try:
             return _start(home, CONTROLPLANE, argv, CONTROLPLANE_S, progress, "starting the control plane")

@@ -168,6 +168,20 @@ def test_names_and_toml() -> None:
     assert devfiles.toml({"a": 'q"\\ü\x7f', "n": 3}) == 'a = "q\\"\\\\ü\\u007F"\nn = 3\n'
 
 
+def test_where_records_are_is_said_once(dev: Dev) -> None:
+    home = dev.home
+    home.prepare()
+    file = f"sqlite:{home.store / 'sandloom.db'}"
+    assert devfiles.store_for(home, None) == file
+    assert devfiles.store_for(home, "etcd:a:1") == "etcd:a:1"
+    devfiles.write_config(devfiles.controlplane_config(home), devfiles.controlplane_toml(home, "x:1", "etcd:a:1"))
+    assert devfiles.store_for(home, None) == devfiles.store_for(home, "etcd:a:1") == "etcd:a:1"
+    with pytest.raises(CliError, match="cannot move to etcd:b:1"):
+        devfiles.store_for(home, "etcd:b:1")
+    refused = dev("dev", "up", "--store", "sqlite:x")
+    assert (refused.code, "is no etcd" in refused.err) == (2, True)
+
+
 def test_two_at_once_wait_for_each_other(dev: Dev) -> None:
     dev.home.prepare()
     waited: list[int] = []
