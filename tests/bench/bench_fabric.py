@@ -34,7 +34,7 @@ from controlplane.api.channel import connect
 from controlplane.api.identity import Role
 from controlplane.api.v1 import sandboxes_pb2, sandboxes_pb2_grpc
 from controlplane.store.etcd import EtcdStore, open_etcd
-from controlplane.store.etcdlink import EtcdAccess
+from controlplane.store.etcdlink import EtcdAccess, EtcdLink
 from tests.bench.fabricload import ECHO, Certificates, at_once, populate, ready_process, wish
 from tests.bench.report import CannotMeasure, Report, Runs, ratio, run
 from tests.etcdserver import Member, cluster
@@ -112,17 +112,17 @@ async def placed_s(stub: Any, name: str) -> float:
                 await asyncio.sleep(0.05)
 
 
-async def throughput(folder: Path, store: EtcdStore, certificates: Certificates, figures: Figures) -> None:
+async def throughput(folder: Path, access: EtcdAccess, certificates: Certificates, figures: Figures) -> None:
     """Puts, echoes and creates, one after the other in each round."""
-    link, value = store._link, bytes(RECORD_BYTES)
-    path = configuration(folder, "bench", store._link.access, certificates)
+    link, value = EtcdLink(access), bytes(RECORD_BYTES)
+    path = configuration(folder, "bench", access, certificates)
     async with AsyncExitStack() as stack:
+        stack.push_async_callback(link.close)
         _, address = await stack.enter_async_context(control_plane(path))
         _, echo_address = await stack.enter_async_context(ready_process("-m", "tests.bench.fabricload"))
         channel = await stack.enter_async_context(connect(address, certificates.of(Role.OPERATOR)))
         echo = (await stack.enter_async_context(grpc.aio.insecure_channel(echo_address))).unary_unary(ECHO, None, None)
         create = channel.unary_unary(CREATE, None, None)
-        await leader(store)
         await placed_s(sandboxes_pb2_grpc.SandboxesStub(channel), "first")
         payload = wish("echo").SerializeToString()
 
@@ -168,7 +168,8 @@ async def measured(folder: Path) -> Figures:
         access = EtcdAccess(tuple(member.client for member in members), deadline_s=30)
         async with open_etcd(access) as store:
             await populate(store, HOSTS)
-            await throughput(folder, store, certificates, figures)
+        await throughput(folder, access, certificates, figures)  # nobody but the control plane watches the store
+        async with open_etcd(access) as store:
             await failovers(folder, store, certificates, figures)
     return figures
 
