@@ -8,7 +8,7 @@ PROTOS := $(wildcard controlplane/api/v1/*.proto)
 C_FILES := $(shell git ls-files '*.c' '*.h' 2>/dev/null)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-quick soak-unique lint bench bench-sharing bench-start bench-clone bench-erofs bench-balloon-host bench-classes bench-pool bench-fork bench-fabric bench-scale bench-plan bench-elastic proto clean
+.PHONY: help setup demo test test-quick soak-unique lint bench bench-abi soak-abi bench-sharing bench-start bench-clone bench-erofs bench-balloon-host bench-classes bench-pool bench-fork bench-fabric bench-scale bench-plan bench-elastic proto clean
 
 help: ## show this help
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -40,7 +40,7 @@ lint: setup ## ruff, strict mypy, clang-format
 	$(BIN)/mypy
 	clang-format --dry-run --Werror $(C_FILES)
 
-bench: bench-erofs bench-sharing bench-start bench-clone bench-balloon-host bench-classes bench-pool bench-fork bench-fabric bench-plan bench-elastic ## every benchmark: a table and a JSON line each
+bench: bench-erofs bench-sharing bench-start bench-clone bench-balloon-host bench-classes bench-pool bench-fork bench-fabric bench-plan bench-elastic bench-abi ## every benchmark: a table and a JSON line each
 
 bench-erofs: setup ## layer conversion against tar -x and mkfs.erofs
 	$(BIN)/python -m tests.bench.bench_erofs
@@ -77,6 +77,12 @@ bench-plan: setup ## the planner against SimPy, CloudSim Plus's figure, and a MI
 
 bench-scale: setup ## 10,000 simulated hosts and 200,000 sandboxes on one control plane and etcd: correct, and at what cost
 	$(BIN)/python -m tests.bench.bench_scale
+
+bench-abi: setup ## the service boundary, a system call at a time: passing, served (against runsc), woken at once
+	$(BIN)/python -m tests.bench.bench_abi
+
+soak-abi: setup ## a million fuzzed frames and packets of the services, and every policy's filter, under sanitizers
+	$(BIN)/pytest -m soak tests/fuzz/test_services_fuzz.py
 
 proto: setup ## generate the API's Python from the protos
 	$(BIN)/python -m grpc_tools.protoc -I. --plugin=protoc-gen-mypy=$(BIN)/protoc-gen-mypy \
