@@ -22,7 +22,7 @@ from controlplane.api.identity import Role
 from controlplane.api.status import Condition, parse_error
 from controlplane.api.v1 import sandboxes_pb2, sandboxes_pb2_grpc
 from controlplane.quotas import Quota
-from controlplane.store.contract import Store
+from controlplane.store.contract import Put, Store
 from controlplane.store.etcd import open_etcd
 from controlplane.store.etcdlink import EtcdAccess
 from tests.contract.engines import shared_etcd
@@ -139,6 +139,16 @@ async def test_a_follower_says_at_once_what_no_host_can_take(pair: Pair) -> None
     await pair.first.host("h1")
     await theirs.import_image()
     assert await refused(theirs.create("huge", memory_mib=1 << 20)) is Condition.EXHAUSTED
+
+
+async def test_what_others_keep_in_the_same_etcd_holds_nobody_up(pair: Pair) -> None:
+    """Their changes make revisions that no change of ours tells of."""
+    async with open_etcd(EtcdAccess((shared_etcd(),), prefix=f"{secrets.token_hex(6)}/", deadline_s=30)) as other:
+        revision = await other.commit([Put("theirs", b"")])
+    view = pair.second.parts.view
+    async with asyncio.timeout(DEADLINE_S):
+        await view.reached(revision)
+    assert view.revision >= revision
 
 
 # Leaders that die, on processes of their own.
