@@ -120,6 +120,7 @@ struct defence {
     bool late;     /* something was to be given back while the host made its holes */
     uint64_t mark_kib, high, gave_back_kib;
     uint64_t stall_ms, retry_ms, tell_ms; /* when a stall is ended by force, to look again, to tell again */
+    uint64_t adjust_ms;                   /* when the mark is set anew; 0: need not */
 };
 
 enum shutdown_phase { SHUTDOWN_NONE, SHUTDOWN_GRACE, SHUTDOWN_KILLED, SHUTDOWN_DRAINED };

@@ -144,8 +144,8 @@ int balloon_begin(struct agent *agent, const struct message *message) {
         if (error) {
             return because(agent, error, "the balloon cannot be lowered", "");
         }
-        defence_adjust(agent);
         reply(agent, message->id, 0, 0);
+        agent->defence.adjust_ms = now_ms() + 1; /* the answer goes first: somebody waits for it */
         return 0;
     }
     balloon->id = message->id;

@@ -164,6 +164,10 @@ void defence_ready(struct agent *agent) {
 
 void defence_step(struct agent *agent, uint64_t now) {
     struct defence *defence = &agent->defence;
+    if (defence->adjust_ms != 0 && now >= defence->adjust_ms) {
+        defence->adjust_ms = 0;
+        defence_adjust(agent);
+    }
     if (defence->retry_ms == 0 || now < defence->retry_ms) {
         return;
     }

@@ -133,7 +133,8 @@ static int deadlines(struct agent *agent) {
                          agent->oom_check_ms,
                          agent->balloon.id ? 1 : 0,
                          agent->cpus.id ? agent->cpus.retry_ms : 0,
-                         agent->defence.retry_ms};
+                         agent->defence.retry_ms,
+                         agent->defence.adjust_ms};
     for (unsigned i = 0; i < sizeof(others) / sizeof(others[0]); i++) {
         if (others[i] != 0 && others[i] < next) {
             next = others[i];

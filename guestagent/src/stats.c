@@ -139,7 +139,9 @@ static uint64_t resident_kib(void) {
 }
 
 void stats_reply(struct agent *agent, uint32_t id) {
-    defence_adjust(agent); /* the host asks after it plugged something */
+    if (agent->defence.adjust_ms == 0) {
+        agent->defence.adjust_ms = now_ms() + 1; /* the host asks after it plugged something */
+    }
     msgpack_packer *packer = tx_begin(&agent->tx, KIND_REPLY, id, 4);
     msgpack_pack_int(packer, 0);
     msgpack_pack_map(packer, 23);

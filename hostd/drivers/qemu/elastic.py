@@ -10,7 +10,7 @@ import asyncio
 import os
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from guestagent.messages import GuestEvent, GuestStats
 from hostd.agentlink import AgentLink
@@ -33,11 +33,13 @@ PLUG_POLL_S, PLUG_STILL_S = 0.01, 3.0
 
 @dataclass(frozen=True)
 class Did:
-    """What a step came to: how much the guest has more (or less), and whether its agent left it without an answer."""
+    """What a step came to: how much the guest has more (or less), whether its agent left it without an answer, and what
+    there is now, when the answer itself said it all: a growth from the balloon is there with it."""
 
     moved_mib: int
     silent: bool = False
     problem: str = ""
+    now: ElasticNow | None = None
 
 
 class GuestMemory:
@@ -60,6 +62,7 @@ class GuestMemory:
         self._looked = False
         self._pressed_at_s: float | None = None
         self._unplugging = False
+        self._known: ElasticNow | None = None
         self.refused_runs = 0
 
     # What there is.
@@ -84,10 +87,19 @@ class GuestMemory:
             swappable_mib=self._cgroups.swappable_mib(),
             pressed_s_ago=None if self._pressed_at_s is None else self._clock() - self._pressed_at_s,
         )
+        self._known = now
         told = MemoryNow(
             now.actual_mib, now.available_mib, plugged, ballooned, now.punchable, held or 0, signals_of(stats)
         )
         return told, now
+
+    async def ready_for(self, memory_mib: int) -> ElasticNow:
+        """As look(), for a resize to `memory_mib`. A growth that the balloon can serve alone need not ask first: as far
+        as is known nothing has changed since the last look, and the answer says what the balloon holds then."""
+        known = self._known
+        if known is not None and 0 < memory_mib - known.actual_mib <= known.ballooned_mib:
+            return known
+        return (await self.look())[1]
 
     async def _find(self) -> None:
         """Where the elastic memory is, in the guest and here; once."""
@@ -118,13 +130,14 @@ class GuestMemory:
         """What a guest's event says of its memory; None when it is of something else. Claims, cut to what can be."""
         told = event_of(event)
         if told is not None and told.kind is MemoryEventKind.PRESSURE:
-            self._pressed_at_s = self._clock()
+            self._pressed_at_s, self._known = self._clock(), None
         return told
 
     # What can be done.
 
     async def act(self, step: Step, now: ElasticNow, accepted: Callable[[], None]) -> Did:
         """Carries a step out, as far as it goes; `accepted` is called when it is under way. ControlLost."""
+        self._known = None
         if step.mechanism is Mechanism.VIRTIO_MEM:
             self._unplugging = step.mib < now.plugged_mib
             await self._control.request_elastic_mib(step.mib)
@@ -148,7 +161,13 @@ class GuestMemory:
         problem = outcome.problem
         if outcome.refused_runs:
             problem = f"the guest named {outcome.refused_runs} runs that are not its elastic memory"
-        return Did(now.ballooned_mib - outcome.blocks * BLOCK_MIB, problem=problem)
+        moved_mib = now.ballooned_mib - outcome.blocks * BLOCK_MIB
+        after = None
+        if moved_mib > 0 and not problem:
+            available_mib = now.available_mib + moved_mib
+            after = replace(now, ballooned_mib=now.ballooned_mib - moved_mib, available_mib=available_mib)
+        self._known = after
+        return Did(moved_mib, problem=problem, now=after)
 
     async def _until_plugged(self, plugged_mib: int, now: ElasticNow) -> Did:
         seen_mib, still_since_s = now.plugged_mib, self._clock()

@@ -15,7 +15,7 @@ from guestagent.errors import BadRequest
 from guestagent.messages import MAIN_PROC, GuestEvent, StartProcess
 from hostd.agentlink import AgentLink
 from hostd.agentprocess import AgentProcess
-from hostd.cgroups import Hierarchy
+from hostd.cgroups import Hierarchy, Limits
 from hostd.drivers.contract import Loss, Region
 from hostd.drivers.qemu.control import Control
 from hostd.drivers.qemu.elastic import GuestMemory
@@ -63,6 +63,7 @@ class QemuEngine:
         """Starts of processes go through it; a checkpoint is taken alone."""
         self._resumed = resumed
         self._uid, self._parts, self._cgroups = uid, parts, cgroups
+        self._limits: Limits | None = None  # as this engine set them
         self._memory_events = MemoryEvents()
         self._memory = GuestMemory(uid, handle, parts.control, parts.link, cgroups)
         self._resizing = Resizing(handle, parts.control, parts.link, self._memory, self.turnstile)
@@ -125,10 +126,12 @@ class QemuEngine:
     async def resize(self, resources: Resources, *, deadline_s: float = 0.0) -> Resized:
         """See Engine.resize. Also what comes first is through when this returns: limits, and one mechanism's move."""
         limits = limits_for(resources, restored=bool(self.handle.checkpoint))
-        try:
-            await asyncio.to_thread(self._cgroups.set_limits, self._uid, limits)
-        except HostdError as error:
-            raise ControlLost(str(error)) from error
+        if limits != self._limits:
+            try:
+                await asyncio.to_thread(self._cgroups.set_limits, self._uid, limits)
+            except HostdError as error:
+                raise ControlLost(str(error)) from error
+            self._limits = limits
         return await self._resizing.to(resources, deadline_s)
 
     def memory_events(self) -> AsyncIterator[MemoryEvent]:

@@ -92,7 +92,7 @@ class Resizing:
         loop = asyncio.get_running_loop()
         begin_s = loop.time()
         vcpus = await self._set_vcpus(resources.vcpus)
-        now = (await self._memory.look())[1]
+        now = await self._memory.ready_for(resources.memory_mib)
         progress = _Progress(resources, vcpus, now, now)
         follower = self._follower = self._tasks.spawn(self._follow(progress), f"resize of pid {self._handle.pid}")
         accepted = self._tasks.spawn(progress.accepted.wait())
@@ -120,7 +120,7 @@ class Resizing:
             async with self._turnstile.through():
                 did = await self._memory.act(step, progress.now, progress.accepted.set)
             progress.note(step, did, asyncio.get_running_loop().time() - begin_s)
-            progress.now = (await self._memory.look())[1]
+            progress.now = did.now or (await self._memory.look())[1]
         if abs(progress.now.actual_mib - progress.target_mib) >= BLOCK_MIB:
             return True
         progress.accepted.set()
