@@ -140,6 +140,7 @@ void configure_step(struct agent *agent, uint64_t now) {
         reply_error(agent, pending->id, error);
     } else {
         agent->configured = !pending->nameless;
+        agent->defence.adjust_ms = agent->configured ? now + 1 : 0;
         reply_nil(agent, pending->id);
     }
     pending->id = 0;
