@@ -135,7 +135,9 @@ class QemuEngine:
         return await self._resizing.to(resources, deadline_s)
 
     def memory_events(self) -> AsyncIterator[MemoryEvent]:
-        """See Engine.memory_events."""
+        """See Engine.memory_events. Who listened before hears no more."""
+        self._memory_events.close()
+        self._memory_events = MemoryEvents()
         return self._memory_events()
 
     def _heard(self, event: GuestEvent) -> None:

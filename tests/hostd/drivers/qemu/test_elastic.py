@@ -134,6 +134,7 @@ class TestElastic:
 
     async def test_unplugging_moves_the_balloons_blocks_and_the_host_follows(self, box: Box) -> None:
         """virtio-mem puts other frames in the place of those that the balloon has in what it unplugs."""
+        await box.resize(BIG)
         await box.resize(SMALL)
         box.touch_all()
         memory = box.engine._memory
@@ -150,12 +151,15 @@ class TestElastic:
         assert (await box.engine.link.stats()).inactive_kib > 0
 
     async def test_a_workload_cannot_use_what_the_balloon_holds(self, box: Box) -> None:
+        await box.resize(BIG)
         await box.resize(SMALL)
         free = int(await box.sh("awk '/HugePages_Free/ {print $2}' /proc/meminfo"))
         assert free == TOUCHED_MIB // 2
         await box.resize(BIG)
 
     async def test_a_hog_is_stalled_and_helped_by_the_balloon_before_anything_is_killed(self, box: Box) -> None:
+        await box.resize(BIG)
+        await box.usable(TOUCHED_MIB + 120)
         await box.resize(LEAST)
         kills = (await box.engine.memory()).signals.oom_kills
         events = box.engine.memory_events()
