@@ -178,12 +178,12 @@ async def running(config: Config, leadership: Leadership | None = None) -> Async
         port = _bind(server, config)
         tasks = [
             asyncio.create_task(plane.view.run(), name="view"),
-            asyncio.create_task(plane.leadership.lead(plane.reconciler.run), name="reconciler"),
         ]
         address = f"{config.listen.rpartition(':')[0]}:{port}"
         try:
             await plane.view.until(lambda: plane.view.revision or None)
             gc.freeze()  # the view lives as long as the process
+            tasks.append(asyncio.create_task(plane.leadership.lead(plane.reconciler.run), name="reconciler"))
             await server.start()
             await plane.set_serving(True)
             async with _letting_join(plane, config.advertise or address):
