@@ -136,7 +136,12 @@ def left_of(uid: str, folder: Path, vm_uid: int) -> list[str]:
     found += [
         f"cgroup {path}" for pattern in (f"*/sandloom/{uid}", f"sandloom/{uid}") for path in cgroup_root.glob(pattern)
     ]
-    found += [f"process {pid}: {line}" for pid, line in processes() if uid in line or owner(pid) == vm_uid]
+    run = f"{folder.parent}/"  # another hostd on this machine gives its guests the same uids
+    found += [
+        f"process {pid}: {line}"
+        for pid, line in processes()
+        if uid in line or (owner(pid) == vm_uid and (run in line or "sandloom" not in line))
+    ]
     for name in ("/proc/net/unix", "/proc/self/mountinfo"):
         found += [f"{name}: {line}" for line in Path(name).read_text().splitlines() if str(folder) in line]
     return found
