@@ -48,7 +48,7 @@ def explain(
     demand = scheduler.demand_of(sandbox, expected)
     wanted = (demand.tenant, demand.image_digest)
     held = not sandbox.only_host and any(state.ready and wanted in state.images for state in states)
-    verdicts = verdicts_of(replace(demand, fetchable=held), others, policy)
+    verdicts = verdicts_of(replace(demand, fetchable=demand.fetchable or held), others, policy)
     refusals = [verdict.refusal for verdict in verdicts if verdict.refusal is not None]
     fitting = len(verdicts) - len(refusals)
     refused = tuple(sorted(scheduler.by_reason(refusals).items(), key=lambda item: (-item[1], item[0])))

@@ -14,7 +14,9 @@ from controlplane.view import View
 def demand_on(view: View, sandbox: Sandbox) -> Demand:
     """What a sandbox asks of the hosts that there are: one that lacks its image may fetch it from one that has it."""
     demand = scheduler.demand_of(sandbox, view.measured.expected)
-    return replace(demand, fetchable=not sandbox.only_host and view.is_held(demand.tenant, demand.image_digest))
+    if demand.fetchable or sandbox.only_host:  # a checkpoint kept the layers it goes on with
+        return demand
+    return replace(demand, fetchable=view.is_held(demand.tenant, demand.image_digest))
 
 
 def placed(view: View, sandbox: Sandbox) -> Sandbox:

@@ -87,11 +87,10 @@ class Rooms:
         if len(stale) * 4 > len(self._at) + 64:
             self._sort()
             return
-        for row in stale:
-            if row in self._at:
-                self._take_out(row)
-            if row in self.rows:
-                self._put_in(row)
+        for row in stale & self._at.keys():  # all before any is put in: a host that was replaced has two rows of a name
+            self._take_out(row)
+        for row in stale & self.rows:
+            self._put_in(row)
 
     def _sort(self) -> None:
         entries = sorted((row.room_mib, row.name, row) for row in self.rows)

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from controlplane import codec
+from controlplane.api.services import MAX_PORT, AllowRule, Answerer, Publish, ServicePolicy, Transport
 from controlplane.errors import BadState
 from controlplane.model import Event, Host, Image, Residency, Resources, Sandbox, SandboxSpec
 from controlplane.requests import UsedRequest
@@ -19,6 +20,23 @@ few = settings(max_examples=40, deadline=None)
 texts = st.text(max_size=8)
 st.register_type_strategy(float, st.floats(allow_nan=False, allow_infinity=False))
 st.register_type_strategy(str, texts)
+ports = st.integers(1, MAX_PORT)
+rules = st.builds(
+    AllowRule, st.sampled_from(Transport), network=st.sampled_from(("", "10.0.0.0/8", "fd00::/8")), low_port=ports
+)
+published = st.builds(Publish, ports, ports, st.sampled_from(Transport))
+answerers = st.sampled_from(Answerer)
+st.register_type_strategy(
+    ServicePolicy,
+    st.builds(ServicePolicy, files=answerers, sysview=answerers, allow=st.just(()), publish=st.just(()))
+    | st.builds(
+        ServicePolicy,
+        sockets=st.just(Answerer.TOOL),
+        dns=answerers,
+        allow=st.lists(rules, max_size=3).map(tuple),
+        publish=st.lists(published, max_size=1).map(tuple),
+    ),
+)
 KINDS: tuple[type[Any], ...] = (Sandbox, Image, Host, Residency, Event, UsedRequest)
 
 
