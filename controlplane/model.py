@@ -324,6 +324,7 @@ class HostPool:
     memory_min_mib: int = 0
     fits_above_mib: int = 0
     fits_to_mib: int = 0
+    sandbox_class: SandboxClass = SandboxClass.GUEST_KERNEL
 
 
 @dataclass(frozen=True)

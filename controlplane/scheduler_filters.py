@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from controlplane.model import HostPool, SandboxClass
+from controlplane.model import HostPool
 from controlplane.rules import HOST_KEY, NO_RULES, text_of
 from controlplane.scheduler_values import Demand, HostFacts, Policy, Refusal, Traits, layer_mib
 
@@ -165,13 +165,14 @@ def counted(demand: Demand, hosts: Iterable[HostFacts]) -> SpreadCounts:
 
 def claimable(demand: Demand, host: HostFacts) -> HostPool | None:
     """The pool of `host` that surely has a ready member that can become the sandbox; the first by name."""
-    if demand.cold or demand.sandbox_class is not SandboxClass.GUEST_KERNEL:
+    if demand.cold:
         return None
     fitting = (
         pool
         for pool in host.pools
         if (pool.tenant, pool.image_digest, pool.vcpus) == (demand.tenant, demand.image_digest, demand.vcpus)
         and pool.fits_above_mib < demand.memory_max_mib <= pool.fits_to_mib
+        and pool.sandbox_class is demand.sandbox_class
         and pool.ready > host.settling
     )
     return min(fitting, key=lambda pool: (pool.name, pool.uid), default=None)

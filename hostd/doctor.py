@@ -21,6 +21,7 @@ import psutil
 
 from guestagent.binary import binary_path
 from guestagent.errors import AgentError
+from hostd import doctorclasses
 from hostd.cgroups import Hierarchy
 from hostd.drivers.qemu.accel import TCG_NOTE, Verdict, cache_path, cached, decide, qemu_version
 from hostd.drivers.qemu.command import GuestShape
@@ -160,6 +161,20 @@ def check_accel(probe: bool, cache_dir: Path) -> Check:
     return Check("accelerator", "warn", f"tcg: {why}. {TCG_NOTE}", "run where KVM works")
 
 
+def check_classes(cache_dir: Path) -> list[Check]:
+    """What each class protects against, and what not."""
+    found = doctorclasses.words(cache_dir)
+    return [
+        Check(
+            one.name,
+            "warn" if one.missing else "ok",
+            f"{one.missing + ': ' if one.missing else ''}{one.detail}",
+            one.fix,
+        )
+        for one in found
+    ]
+
+
 def _kept_verdict(cache_dir: Path) -> Verdict | None:
     """What a probe, or a hostd that started since this machine did, found out for the present kernel and QEMU."""
     try:
@@ -197,7 +212,7 @@ CHECKS: tuple[Callable[[], Check], ...] = (
 
 def report(*, probe: bool, cache_dir: Path) -> list[Check]:
     """Every check, in order."""
-    return [*(check() for check in CHECKS), check_accel(probe, cache_dir)]
+    return [*(check() for check in CHECKS), check_accel(probe, cache_dir), *check_classes(cache_dir)]
 
 
 def main(arguments: list[str], cache_dir: Path = Path("/var/cache/sandloom")) -> int:

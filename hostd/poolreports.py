@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from controlplane.api.v1 import pools_pb2
+from hostd.edge import CLASSES, render_classes
+from hostd.errors import InvalidSpec
 from hostd.pools import PoolStatus
 from hostd.spec import Resources
 from hostd.warmpool import PoolSpec
@@ -17,13 +19,18 @@ def parse_assignment(message: pools_pb2.PoolAssignment) -> PoolSpec:
         memory_mib=sizes.memory_mib or sizes.memory_min_mib,
         cpu_milli=sizes.cpu_milli or 1000,
     )
-    return PoolSpec(message.uid, message.name, message.tenant, message.image_digest, resources, message.wanted)
+    sandbox_class = CLASSES.get(getattr(message, "class"))
+    if sandbox_class is None:
+        raise InvalidSpec(f"pool {message.name}: class {getattr(message, 'class')} is unknown to this hostd")
+    return PoolSpec(
+        message.uid, message.name, message.tenant, message.image_digest, resources, message.wanted, sandbox_class
+    )
 
 
 def render_report(status: PoolStatus) -> pools_pb2.PoolReport:
     """How far this host got with a pool."""
     spec = status.spec
-    return pools_pb2.PoolReport(
+    report = pools_pb2.PoolReport(
         uid=spec.uid,
         name=spec.name,
         tenant=spec.tenant,
@@ -36,3 +43,5 @@ def render_report(status: PoolStatus) -> pools_pb2.PoolReport:
         fits_above_mib=spec.floor_mib,
         fits_to_mib=spec.ceiling_mib,
     )
+    setattr(report, "class", render_classes([spec.sandbox_class])[0])
+    return report

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 
 from hostd.admission import GUEST_OVERHEAD_MIB
@@ -28,6 +28,7 @@ class PoolSpec:
     image_digest: str
     resources: Resources
     wanted: int
+    sandbox_class: SandboxClass = SandboxClass.GUEST_KERNEL
 
     def __post_init__(self) -> None:
         if not _POOL_UID.fullmatch(self.uid):
@@ -52,11 +53,12 @@ class PoolSpec:
 
     def same_members(self, other: PoolSpec) -> bool:
         """Whether members made for one do for the other: only how many are wanted may differ."""
-        return (self.tenant, self.image_digest, self.resources) == (other.tenant, other.image_digest, other.resources)
+        return replace(self, wanted=0, name="") == replace(other, wanted=0, name="")
 
     def member_spec(self, uid: str) -> SandboxSpec:
         """What member `uid` is made with. Its process is never run, its hostname never set."""
-        return SandboxSpec(uid, self.name, self.tenant, self.image_digest, "warm", self.resources, ProcessSpec(), 0)
+        spec = SandboxSpec(uid, self.name, self.tenant, self.image_digest, "warm", self.resources, ProcessSpec(), 0)
+        return replace(spec, sandbox_class=self.sandbox_class)
 
 
 def fits(pool: PoolSpec, spec: SandboxSpec) -> bool:
@@ -64,7 +66,8 @@ def fits(pool: PoolSpec, spec: SandboxSpec) -> bool:
     return (
         not spec.cold
         and not spec.checkpoint
-        and spec.sandbox_class is SandboxClass.GUEST_KERNEL
+        and spec.sandbox_class is pool.sandbox_class
+        and not spec.network.veth
         and (pool.tenant, pool.image_digest) == (spec.tenant, spec.image_digest)
         and pool.resources.vcpus == spec.resources.vcpus
         and pool.ceiling_mib == ceiling_bucket_mib(spec.resources.memory_max_mib)

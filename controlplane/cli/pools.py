@@ -21,6 +21,9 @@ MOST = 1000
 MISSING = {Condition.NOT_FOUND: "`sandloom pool ls` lists those there are"}
 
 
+POOL_CLASSES = {"guest-kernel": sandboxes_pb2.GUEST_KERNEL, "host-kernel": sandboxes_pb2.HOST_KERNEL}
+
+
 @dataclass(frozen=True)
 class CreateOptions:
     """What `pool create` was asked for."""
@@ -31,6 +34,7 @@ class CreateOptions:
     memory: MemoryRange = DEFAULT_MEMORY
     cpu_milli: int = 1000
     request_id: str = ""
+    sandbox_class: str = "guest-kernel"
 
 
 @dataclass(frozen=True)
@@ -100,6 +104,7 @@ def parse_create(namespace: argparse.Namespace) -> CreateOptions:
         sizes.parse_memory_range(namespace.memory) if namespace.memory else DEFAULT_MEMORY,
         sizes.parse_cpu_milli(namespace.cpus),
         namespace.request_id,
+        namespace.sandbox_class,
     )
 
 
@@ -116,6 +121,7 @@ async def _create(fabric: Fabric, options: CreateOptions) -> Pool:
         memory_min_mib=options.memory.min_mib, memory_max_mib=options.memory.max_mib, cpu_milli=options.cpu_milli
     )
     spec = pools_pb2.PoolSpec(image=options.image, resources=resources, size=options.size)
+    setattr(spec, "class", POOL_CLASSES[options.sandbox_class])
     request_id = options.request_id or str(uuid.uuid4())
     remedies = {
         Condition.NOT_FOUND: "`sandloom image ls` lists images",
@@ -197,6 +203,9 @@ def _configure_create(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("name", metavar="NAME", help="what to call the pool")
     parser.add_argument("--image", required=True, metavar="IMAGE", help="whose sandboxes are to start at once")
     parser.add_argument("--size", required=True, metavar="N", help="how many guests to keep ready in all")
+    parser.add_argument(
+        "--class", dest="sandbox_class", choices=tuple(POOL_CLASSES), default="guest-kernel", help="of its sandboxes"
+    )
     parser.add_argument("--memory", metavar="MIN:MAX", help="of a member, 256M:1G unless given")
     parser.add_argument("--cpus", metavar="N", default="1", help="of a member, 1 unless given")
     parser.add_argument("--request-id", default="", metavar="ID", help="the same ID again gives the same pool")

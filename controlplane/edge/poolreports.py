@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from controlplane.api.v1 import pools_pb2
+from controlplane.edge.enums import CLASSES, parse_class
 from controlplane.errors import Invalid
 from controlplane.model import HostPool
 
@@ -26,6 +27,7 @@ def parse_pool_reports(messages: Iterable[pools_pb2.PoolReport]) -> tuple[HostPo
             memory_min_mib=message.memory_min_mib,
             fits_above_mib=message.fits_above_mib,
             fits_to_mib=message.fits_to_mib,
+            sandbox_class=parse_class(getattr(message, "class"), "host.pools.class"),
         )
         for message in messages
     )
@@ -36,7 +38,7 @@ def parse_pool_reports(messages: Iterable[pools_pb2.PoolReport]) -> tuple[HostPo
 
 def render_pool_report(pool: HostPool) -> pools_pb2.PoolReport:
     """The same as operators see it."""
-    return pools_pb2.PoolReport(
+    report = pools_pb2.PoolReport(
         uid=pool.uid,
         name=pool.name,
         tenant=pool.tenant,
@@ -49,3 +51,5 @@ def render_pool_report(pool: HostPool) -> pools_pb2.PoolReport:
         fits_above_mib=pool.fits_above_mib,
         fits_to_mib=pool.fits_to_mib,
     )
+    setattr(report, "class", CLASSES[pool.sandbox_class])
+    return report

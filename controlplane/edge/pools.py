@@ -15,6 +15,7 @@ from controlplane.poolspread import PoolShare, PoolState
 from controlplane.requests import PoolCreation
 
 MAX_SIZE = 1000
+WARM_CLASSES = (SandboxClass.GUEST_KERNEL, SandboxClass.HOST_KERNEL)
 
 
 def parse_pool_creation(request: pools_pb2.CreatePoolRequest) -> PoolCreation:
@@ -25,8 +26,9 @@ def parse_pool_creation(request: pools_pb2.CreatePoolRequest) -> PoolCreation:
     if not spec.image:
         raise Invalid("spec.image", "name the image whose sandboxes are to start at once")
     kind = parse_class(getattr(spec, "class"), "spec.class")
-    if kind is not SandboxClass.GUEST_KERNEL:
-        raise Invalid("spec.class", f"only guest-kernel sandboxes can be kept warm, not {kind.value}")
+    if kind not in WARM_CLASSES:
+        have = ", ".join(one.value for one in WARM_CLASSES)
+        raise Invalid("spec.class", f"class {kind.value} has no warm pools; classes that have it: {have}")
     made = PoolSpec(spec.image, parse_resources(spec.resources), parse_size(spec.size, "spec.size"), "", kind)
     return PoolCreation(parse_name(request.name), made, request.request_id, request.validate_only)
 
@@ -74,19 +76,21 @@ def render_pool(state: PoolState) -> pools_pb2.Pool:
 
 def render_assignments(shares: Iterable[PoolShare]) -> pools_pb2.PoolAssignments:
     """All that one host is to keep."""
-    return pools_pb2.PoolAssignments(
-        pools=[
-            pools_pb2.PoolAssignment(
-                uid=share.pool.uid,
-                name=share.pool.name,
-                tenant=share.pool.tenant,
-                image_digest=share.pool.spec.image_digest,
-                resources=_render_resources(share.pool.spec.resources),
-                wanted=share.wanted,
-            )
-            for share in shares
-        ]
+    return pools_pb2.PoolAssignments(pools=[_render_share(share) for share in shares])
+
+
+def _render_share(share: PoolShare) -> pools_pb2.PoolAssignment:
+    pool = share.pool
+    message = pools_pb2.PoolAssignment(
+        uid=pool.uid,
+        name=pool.name,
+        tenant=pool.tenant,
+        image_digest=pool.spec.image_digest,
+        resources=_render_resources(pool.spec.resources),
+        wanted=share.wanted,
     )
+    setattr(message, "class", CLASSES[pool.spec.sandbox_class])
+    return message
 
 
 def _render_resources(sizes: Resources) -> sandboxes_pb2.Resources:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from hostd.drivers.contract import Checkpointing, Driver, Engine, StartPlan, TakenCheckpoint
+from hostd.drivers.contract import Checkpointing, Driver, Engine, StartPlan, TakenCheckpoint, WarmGuest, Warming
 from hostd.errors import CheckpointUnusable, HostdError, InvalidSpec
 from hostd.journal import Handle
 from hostd.spec import SandboxClass
@@ -39,8 +39,8 @@ class ByClass:
 
     def __init__(self, drivers: Mapping[SandboxClass, Driver], missing: Mapping[SandboxClass, str]) -> None:
         self.drivers, self._missing = dict(drivers), dict(missing)
-        guests = self.drivers.get(SandboxClass.GUEST_KERNEL)
-        self.warming = guests.warming if guests is not None else None  # pools are of guests only
+        warm = {one: driver.warming for one, driver in self.drivers.items() if driver.warming is not None}
+        self.warming: Warming | None = _Warming(warm) if warm else None
         able = {one: driver.checkpointing for one, driver in self.drivers.items() if driver.checkpointing is not None}
         self.checkpointing: Checkpointing | None = _Checkpointing(able) if able else None
 
@@ -75,6 +75,26 @@ class ByClass:
         for one in CLEAN_UP_ORDER:
             if one in self.drivers:
                 await self.drivers[one].destroy(uid, folder, None)
+
+
+class _Warming:
+    """Implements hostd.drivers.contract.Warming by the classes that have it."""
+
+    def __init__(self, able: Mapping[SandboxClass, Warming]) -> None:
+        self._able = dict(able)
+
+    def _of(self, asked: SandboxClass) -> Warming:
+        if asked not in self._able:
+            raise lacking("warm pools", asked, tuple(self._able))
+        return self._able[asked]
+
+    async def prewarm(self, plan: StartPlan, made: Callable[[Handle], None]) -> WarmGuest:
+        """See Warming.prewarm."""
+        return await self._of(plan.spec.sandbox_class).prewarm(plan, made)
+
+    async def claim(self, guest: WarmGuest, plan: StartPlan, made: Callable[[Handle], None]) -> Engine:
+        """See Warming.claim."""
+        return await self._of(class_of(guest.handle.accel)).claim(guest, plan, made)
 
 
 class _Checkpointing:

@@ -51,6 +51,7 @@ READ = (
     "cat /usr/bin/* /usr/lib/*/lib*.so* /usr/lib/python3*/*.py 2>/dev/null | wc -c; echo ready; exec sleep 100000",
 )  # fmt: skip
 INSIDE = "SANDLOOM_BENCH_INSIDE"
+POOL_MEASURE = "host-kernel start from a pool"
 BARS = {"crun": ("host-kernel start", 1.2), "runsc": ("user-kernel start", 1.1)}
 
 
@@ -130,6 +131,43 @@ async def _ours(at: Place, driver: OciDriver, layer: LayerFile) -> float:
     finally:
         await engine.detach()
         await driver.destroy(plan.spec.uid, plan.folder, engine.handle)
+
+
+def claim(at: Place, report: Report, layer: LayerFile) -> None:
+    """A warm host-kernel sandbox's claim against bare `runsc run`."""
+    driver, peer = at.driver("crun"), at.driver("runsc")
+    with asyncio.Runner() as runner:
+        bare = runner.run(_bare_bundle(at, peer, layer))
+        try:
+            times = interleaved(
+                {
+                    "peer": lambda: _bare(at.runtimes["runsc"], bare),
+                    "us": lambda: runner.run(_claimed(at, driver, layer)),
+                },
+                rounds=ROUNDS,
+            )
+        finally:
+            runner.run(peer.destroy(bare.spec.uid, bare.folder, None))
+    report.row(f"{POOL_MEASURE}, to its first output", times["us"])
+    report.bar(POOL_MEASURE, ratio(times["peer"], times["us"]), at_least=5, peer="bare runsc run")
+
+
+async def _claimed(at: Place, driver: OciDriver, layer: LayerFile) -> float:
+    """From a claim to the first byte; the member is made before, as a pool does."""
+    plan = at.plan("pool", (layer,))
+    assert driver.warming is not None
+    guest = await driver.warming.prewarm(plan, lambda _: None)
+    mine = at.plan("claims", (layer,))
+    begin = time.perf_counter()
+    engine = await driver.warming.claim(guest, mine, lambda _: None)
+    try:
+        main = await engine.spawn(command(SAY), main=True)
+        async for _ in main.output():
+            break
+        return 1000 * (time.perf_counter() - begin)
+    finally:
+        await engine.detach()
+        await driver.destroy(mine.spec.uid, mine.folder, engine.handle)
 
 
 async def _bare_bundle(at: Place, driver: OciDriver, layer: LayerFile) -> StartPlan:
@@ -245,6 +283,7 @@ def body(report: Report) -> None:
         layer = at.layer(rootfs_tar(program), "busybox")
         for name in BARS:
             start(at, report, name, layer)
+        claim(at, report, layer)
         sharing(at, report)
 
 
@@ -266,7 +305,7 @@ def main() -> int:
             __spec__.name,
         ]
         os.execvpe(argv[0], argv, {**os.environ, INSIDE: "1"})
-    return run("classes", body, [(measure, bound) for measure, bound in BARS.values()])
+    return run("classes", body, [*BARS.values(), (POOL_MEASURE, 5)])
 
 
 if __name__ == "__main__":

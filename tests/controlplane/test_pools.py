@@ -139,7 +139,7 @@ async def test_nonsense_is_refused_by_its_field(plane: Plane) -> None:
     client = await plane.client()
     await client.import_image()
     other = spec_of()
-    setattr(other, "class", sandboxes_pb2.HOST_KERNEL)
+    setattr(other, "class", sandboxes_pb2.USER_KERNEL)
     for name, spec, code in (
         ("Web", spec_of(), grpc.StatusCode.INVALID_ARGUMENT),
         ("web", spec_of(size=1001), grpc.StatusCode.INVALID_ARGUMENT),

@@ -33,7 +33,22 @@ while :; do
   usleep 5000
 done
 """
-APPLETS = ("sh", "mount", "insmod", "cat", "usleep", "echo", "dd", "sha256sum", "ls", "mkdir", "grep", "sleep", "cut")
+APPLETS = (
+    "sh",
+    "chroot",
+    "mount",
+    "insmod",
+    "cat",
+    "usleep",
+    "echo",
+    "dd",
+    "sha256sum",
+    "ls",
+    "mkdir",
+    "grep",
+    "sleep",
+    "cut",
+)
 
 
 class RawGuest:

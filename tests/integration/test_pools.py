@@ -96,3 +96,21 @@ def test_a_pool_from_end_to_end(fabric: Fabric) -> None:
         lambda: not any("pool-" in process for process in belongings(fabric.home).processes), 10.0,
         lambda: str(belongings(fabric.home)),
     )  # fmt: skip
+
+
+def test_a_pool_of_host_kernel_sandboxes(fabric: Fabric) -> None:
+    """Claimed by its own class only; a killed hostd takes the claimed one over and ends what nobody claimed."""
+    fabric.ok("pool", "create", "plain", "--class", "host-kernel", "--image", "userland", "--size", "1", *SIZES)
+    until(lambda: ready(fabric, "plain") == 1, 90.0, fabric.logs)
+    fabric.start("hk", "--class", "host-kernel", *SIZES, command=("sh", "-c", "hostname; exec sleep 100000"))
+    assert fabric.inspect("hk")["status"]["origin"] == "warm claim from pool plain"
+    assert fabric.ok("logs", "hk") == "hk\n"
+    until(lambda: ready(fabric, "plain") == 1, 90.0, fabric.logs)
+    os.kill(fabric.daemon_pid("hostd"), signal.SIGKILL)
+    fabric.ok("dev", "up")
+    until(lambda: fabric.inspect("hk")["status"]["restarts_of_host"] == 1, 90.0, fabric.logs)
+    assert fabric.ok("exec", "hk", "--", "hostname") == "hk\n"
+    fabric.ok("rm", "-f", "hk")
+    fabric.ok("pool", "rm", "plain")
+    refused = fabric.run("pool", "create", "never", "--class", "user-kernel", "--image", "userland", "--size", "1")
+    assert refused.code == 2 and "guest-kernel" in refused.err

@@ -315,6 +315,7 @@ class PoolAssignment(_message.Message):
     IMAGE_DIGEST_FIELD_NUMBER: _builtins.int
     RESOURCES_FIELD_NUMBER: _builtins.int
     WANTED_FIELD_NUMBER: _builtins.int
+    CLASS_FIELD_NUMBER: _builtins.int
     uid: _builtins.str
     name: _builtins.str
     tenant: _builtins.str
@@ -334,7 +335,7 @@ class PoolAssignment(_message.Message):
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["resources", b"resources"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["image_digest", b"image_digest", "name", b"name", "resources", b"resources", "tenant", b"tenant", "uid", b"uid", "wanted", b"wanted"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["class", b"class", "image_digest", b"image_digest", "name", b"name", "resources", b"resources", "tenant", b"tenant", "uid", b"uid", "wanted", b"wanted"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -375,6 +376,7 @@ class PoolReport(_message.Message):
     MEMORY_MIN_MIB_FIELD_NUMBER: _builtins.int
     FITS_ABOVE_MIB_FIELD_NUMBER: _builtins.int
     FITS_TO_MIB_FIELD_NUMBER: _builtins.int
+    CLASS_FIELD_NUMBER: _builtins.int
     uid: _builtins.str
     name: _builtins.str
     tenant: _builtins.str
@@ -406,7 +408,7 @@ class PoolReport(_message.Message):
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["fits_above_mib", b"fits_above_mib", "fits_to_mib", b"fits_to_mib", "image_digest", b"image_digest", "making", b"making", "memory_min_mib", b"memory_min_mib", "message", b"message", "name", b"name", "ready", b"ready", "tenant", b"tenant", "uid", b"uid", "vcpus", b"vcpus"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["class", b"class", "fits_above_mib", b"fits_above_mib", "fits_to_mib", b"fits_to_mib", "image_digest", b"image_digest", "making", b"making", "memory_min_mib", b"memory_min_mib", "message", b"message", "name", b"name", "ready", b"ready", "tenant", b"tenant", "uid", b"uid", "vcpus", b"vcpus"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

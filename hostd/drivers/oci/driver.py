@@ -33,7 +33,7 @@ from guestagent.messages import MAIN_PROC
 from guestagent.protocol import ProcCarry, SessionCarry
 from hostd.agentlink import AgentLink
 from hostd.cgroups import Hierarchy
-from hostd.drivers.contract import Checkpointing, Engine, StartPlan
+from hostd.drivers.contract import Checkpointing, Engine, StartPlan, Warming
 from hostd.drivers.oci import identity
 from hostd.drivers.oci.checkpointing import Beginning, OciCheckpointing, go_on
 from hostd.drivers.oci.engine import OciEngine, Place
@@ -42,6 +42,8 @@ from hostd.drivers.oci.mounts import Layers
 from hostd.drivers.oci.network import Links
 from hostd.drivers.oci.plan import limits_for, upper_mib
 from hostd.drivers.oci.runtime import Runtime
+from hostd.drivers.oci.warming import OciWarming
+from hostd.drivers.seat import seat_of
 from hostd.errors import AgentLost, ConfigError, HostdError, StartFailed
 from hostd.journal import Handle
 from hostd.process import WatchedProcess, is_zombie, open_same, reap, start_ticks
@@ -69,8 +71,6 @@ def require_root() -> None:
 class OciDriver:
     """Implements hostd.drivers.contract.Driver."""
 
-    warming = None
-
     def __init__(
         self,
         runtime: Runtime,
@@ -87,6 +87,7 @@ class OciDriver:
             runtime = replace(runtime, state=state)
         self.runtime, self.layers, self.cgroups, self.links = runtime, layers, cgroups, links or Links()
         self._clock = clock
+        self.warming: Warming | None = OciWarming(self, clock=clock) if runtime.init else None
         self.checkpointing: Checkpointing | None = None
         if runtime.checkpoints:
             self.checkpointing = OciCheckpointing(self, runtime.version, clock=clock)
@@ -101,7 +102,7 @@ class OciDriver:
                 link, process = await self.reach(plan, handle, stack)
                 phases = (("vmm", vmm_s - begin_s), ("kernel", 0.0), ("agent", self._clock() - vmm_s))
                 stack.pop_all()
-                return OciEngine(self._place(plan), handle, process, link, phases)
+                return OciEngine(self.place(plan, handle), handle, process, link, phases)
         except BaseException:
             await to_its_end(self.destroy(plan.spec.uid, plan.folder, handle))
             raise
@@ -123,11 +124,13 @@ class OciDriver:
         failed = launch.exception() is not None
         await self.destroy(plan.spec.uid, plan.folder, None if failed else launch.result())
 
-    def _place(self, plan: StartPlan) -> Place:
+    def place(self, plan: StartPlan, handle: Handle) -> Place:
+        """Where a sandbox is. Pure."""
         spec, runtime, netns = plan.spec, self.runtime, None
+        seat = seat_of(spec.uid, plan.folder, handle)
         if spec.network.veth:
             runtime, netns = replace(runtime, network="sandbox"), self.links.namespace(spec.uid)
-        return Place(spec.uid, spec.hostname, plan.folder, runtime, self.cgroups, netns)
+        return Place(seat.name, spec.hostname, seat.folder, runtime, self.cgroups, netns, bool(handle.member))
 
     def _launch(self, plan: StartPlan, beginning: Beginning) -> Handle:
         """Makes directory and cgroup, starts the monitor and mounts while that joins its cgroup, which the kernel takes
@@ -196,12 +199,13 @@ class OciDriver:
             raise StartFailed(f"the monitor ended: {_said(plan.folder)}", reason="VmmExited")
         process = WatchedProcess(handle.pid, descriptor)
         stack.callback(process.close)
+        seat = seat_of(plan.spec.uid, plan.folder, handle)
         try:
             link = await AgentLink.connect(
-                plan.folder / "agent.sock", deadline_s=GREET_DEADLINE_S, gone=process.gone, carry=carry
+                seat.folder / "agent.sock", deadline_s=GREET_DEADLINE_S, gone=process.gone, carry=carry
             )
         except (StartFailed, AgentLost) as error:
-            raise StartFailed(f"{error}; the monitor said: {_said(plan.folder)}", reason=error.reason) from error
+            raise StartFailed(f"{error}; the monitor said: {_said(seat.folder)}", reason=error.reason) from error
         stack.push_async_callback(link.close)
         return link, process
 
@@ -214,7 +218,7 @@ class OciDriver:
         main = ProcCarry(MAIN_PROC, offsets.get(1, 0), offsets.get(2, 0), stdin_open=plan.spec.process.stdin)
         async with AsyncExitStack() as stack:
             link, process = await self.reach(plan, handle, stack, SessionCarry(procs=(main,)))
-            engine = OciEngine(self._place(plan), handle, process, link)
+            engine = OciEngine(self.place(plan, handle), handle, process, link)
             if self.checkpointing is not None:  # a former hostd may have died while it took a checkpoint
                 await go_on(engine)
             stack.pop_all()
@@ -222,6 +226,8 @@ class OciDriver:
 
     async def destroy(self, uid: str, folder: Path, handle: Handle | None) -> None:
         """See Driver.destroy."""
+        seat = seat_of(uid, folder, handle)
+        uid, folder = seat.name, seat.folder
         await asyncio.to_thread(self.cgroups.remove, uid)  # kills whatever is in it, the monitor too
         if handle is not None:
             await self._reap(handle)

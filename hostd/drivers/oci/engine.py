@@ -44,17 +44,21 @@ from hostd.errors import (
 )
 from hostd.journal import Handle
 from hostd.memory.events import MemoryEvents
-from hostd.memory.values import Mechanism, MemoryEvent, MemoryNow, Resized
+from hostd.memory.values import Mechanism, MemoryEvent, MemoryEventKind, MemoryNow, Resized
 from hostd.memory.waiting import wait_for_target
 from hostd.process import WatchedProcess
 from hostd.spec import Command, Resources
 from hostd.tasks import OwnedTasks
 
 EXIT_LAG_S = 0.5
+PAUSE_PROC = 2
+"""The first number that a link gives: of what holds a warm container open (warming.py)."""
+
 LAST_SIGNAL, LOST_STATUS = 64, 128
 KILL_DEADLINE_S = 15.0
 LOG_TAIL_CHARS = 8192
 FIRST_RETRY_S, LAST_RETRY_S = 0.02, 1.0
+OOM_POLL_S = 1.0
 RUNTIME_ENV = (b"PATH=/usr/sbin:/usr/bin:/sbin:/bin",)
 
 
@@ -68,6 +72,7 @@ class Place:
     runtime: Runtime
     cgroups: Hierarchy
     netns: Path | None = None  # None: a new one with lo only
+    warm: bool = False  # its container was there before it: main is one more process of that
 
     @property
     def rootfs(self) -> Path:
@@ -92,6 +97,14 @@ def asked_of(command: Command, proc: int) -> StartProcess:
         raise InvalidSpec(f"{command.argv[0] if command.argv else 'command'}: {error}") from error
     except UnicodeEncodeError as error:
         raise InvalidSpec("an OCI runtime reads its configuration as JSON: arguments and env must be UTF-8") from error
+
+
+def bundle_shape(place: Place) -> BundleShape:
+    """What its container is."""
+    shape = BundleShape(place.rootfs, place.hostname, netns=place.netns, open_files=open_files())
+    if place.runtime.name == "crun":
+        return replace(shape, init=place.runtime.init, machine=os.uname().machine, root_hook=MONITOR)
+    return shape
 
 
 def open_files() -> int:
@@ -169,6 +182,7 @@ class OciEngine:
         self._kernel: asyncio.Future[str] = asyncio.get_running_loop().create_future()
         self._tasks = OwnedTasks()
         self._memory_events = MemoryEvents()
+        self._oom_watch: asyncio.Task[None] | None = None
         self.main_ended = False
         self._follow: asyncio.Task[None] | None = None
         self._others: dict[int, AgentProcess] = {}
@@ -233,11 +247,8 @@ class OciEngine:
         """Writes what the runtime reads; the runtime's own command line."""
         place, runtime = self.place, self.place.runtime
         asked = asked_of(command, proc)
-        if proc == MAIN_PROC:
-            shape = BundleShape(place.rootfs, place.hostname, netns=place.netns, open_files=open_files())
-            if runtime.name == "crun":
-                shape = replace(shape, init=runtime.init, machine=os.uname().machine, root_hook=MONITOR)
-            document, name = config_json(command, identity, shape), "config.json"
+        if proc == MAIN_PROC and not place.warm:
+            document, name = config_json(command, identity, bundle_shape(place)), "config.json"
             argv = runtime.run_argv(place.folder, place.uid, proc, tty=command.tty)
         else:
             document, name = process_json(command, identity, open_files=open_files()), f"{proc}.json"
@@ -272,6 +283,8 @@ class OciEngine:
         """See Engine.resume."""
         main: ProcessLink | None = None
         for state in self.link.guest.procs:
+            if self.place.warm and state.proc == PAUSE_PROC:
+                continue  # the container itself
             process = self.link.follow(state.proc)
             if state.proc == MAIN_PROC:
                 main = self._linked(process)
@@ -328,8 +341,21 @@ class OciEngine:
         )
 
     def memory_events(self) -> AsyncIterator[MemoryEvent]:
-        """See Engine.memory_events. A cgroup tells nothing: what it suffers is in its counters."""
+        """See Engine.memory_events. A cgroup's counter of kills is looked at while somebody listens."""
+        if self._oom_watch is None:
+            self._oom_watch = self._tasks.spawn(self._watch_oom(), name=f"OOM kills of {self.place.uid}")
         return self._memory_events()
+
+    async def _watch_oom(self) -> None:
+        told = 0
+        with contextlib.suppress(HostdError):  # the sandbox is ending
+            while True:
+                kills = await asyncio.to_thread(self.memory_group.oom_kills)
+                if kills > told:
+                    now, told = await self.memory(), kills
+                    event = MemoryEvent(MemoryEventKind.OOM_KILL, now.available_mib, now.actual_mib, oom_kills=kills)
+                    self._memory_events.tell(event)
+                await asyncio.sleep(OOM_POLL_S)
 
     def _set_rest(self, target: Limits, writable_mib: int) -> None:
         now = replace(target, memory_bytes=self.memory_group.limit_bytes())
@@ -354,11 +380,12 @@ class OciEngine:
 
     async def memory(self) -> MemoryNow:
         """See Engine.memory."""
-        limit, usage = await asyncio.to_thread(lambda: (self.memory_group.limit_bytes(), self.memory_group.usage()))
+        group = self.memory_group
+        limit, usage, signals = await asyncio.to_thread(lambda: (group.limit_bytes(), group.usage(), group.signals()))
         overhead = overhead_bytes(self.place.runtime)
         needed = max(0, usage.used_bytes - usage.file_bytes - overhead)
         actual = max(0, limit - overhead)
-        return MemoryNow(actual >> 20, max(0, actual - needed) >> 20)
+        return MemoryNow(actual >> 20, max(0, actual - needed) >> 20, signals=signals)
 
     async def regions(self) -> list[Region]:
         """See Engine.regions: of every process of the sandbox."""

@@ -18,6 +18,7 @@ from pathlib import Path
 
 from hostd.cgroups import Hierarchy
 from hostd.errors import ControlLost
+from hostd.memory.values import MemorySignals
 
 PAGE_BYTES = 4096
 SLACK_BYTES = 64 << 20
@@ -39,7 +40,7 @@ class Usage:
 def next_limit(target_bytes: int, limit_bytes: int, used_bytes: int) -> int:
     """The limit to set now: the target when what is in use allows it, else as near as that does. Never above what it
     is while shrinking. Pure."""
-    if target_bytes >= limit_bytes:
+    if target_bytes >= limit_bytes or used_bytes <= target_bytes:
         return target_bytes
     return min(limit_bytes, max(target_bytes, _up(used_bytes + SLACK_BYTES)))
 
@@ -56,6 +57,32 @@ def parse_stat(text: str, version: int) -> int:
     return sum(int(fields[1]) for fields in values if len(fields) == 2 and fields[0] in wanted)
 
 
+def parse_signals(stat: str, events: str, pressure: str, version: int) -> MemorySignals:
+    """What the kernel says of a cgroup's memory. `events` is memory.events (v2) or memory.oom_control (v1), `pressure`
+    memory.pressure ("" on v1). Pure."""
+    values = _numbers(stat)
+    prefix = "total_" if version == 1 else ""
+    stalls = {line.split()[0]: int(line.rpartition("total=")[2]) for line in pressure.splitlines() if "total=" in line}
+
+    def mib(*names: str) -> int:
+        return sum(values.get(prefix + name, 0) for name in names) >> 20
+
+    return MemorySignals(
+        psi_some_us=stalls.get("some", 0),
+        psi_full_us=stalls.get("full", 0),
+        refaults=values.get("workingset_refault_anon", 0) + values.get("workingset_refault_file", 0),
+        oom_kills=_numbers(events).get("oom_kill", 0),
+        active_mib=mib("active_anon", "active_file"),
+        inactive_mib=mib("inactive_anon", "inactive_file"),
+        swapped_mib=mib("swap"),
+    )
+
+
+def _numbers(text: str) -> dict[str, int]:
+    fields = (line.split() for line in text.splitlines())
+    return {one[0]: int(one[1]) for one in fields if len(one) == 2 and one[1].isdigit()}
+
+
 class SandboxMemory:
     """One sandbox's memory cgroup. Its calls block for as long as the kernel reclaims: run them in a thread."""
 
@@ -63,6 +90,7 @@ class SandboxMemory:
         self._version = hierarchy.version
         self._folder: Path = hierarchy.roots["" if self._version == 2 else "memory"] / uid
         self._limit_name = "memory.max" if self._version == 2 else "memory.limit_in_bytes"
+        self._events_name = "memory.events" if self._version == 2 else "memory.oom_control"
 
     def _read(self, name: str) -> str:
         try:
@@ -89,6 +117,28 @@ class SandboxMemory:
         """What is charged now."""
         used = self._read("memory.current" if self._version == 2 else "memory.usage_in_bytes")
         return Usage(int(used), parse_stat(self._read("memory.stat"), self._version))
+
+    def oom_kills(self) -> int:
+        """How many of its processes the kernel has killed because it was at its limit."""
+        return _numbers(self._read(self._events_name)).get("oom_kill", 0)
+
+    def signals(self) -> MemorySignals:
+        """See MemorySignals; stalls are told by v2 only, and by a kernel that counts them."""
+        try:
+            pressure = (self._folder / "memory.pressure").read_text() if self._version == 2 else ""
+        except OSError:
+            pressure = ""
+        return parse_signals(self._read("memory.stat"), self._read(self._events_name), pressure, self._version)
+
+    def reclaim(self, size_bytes: int) -> int:
+        """Has the kernel take back up to `size_bytes` of what the sandbox has not used lately, its limit as it is; how
+        much it was. v2 asks for just that (memory.reclaim); v1 knows no amount and drops all clean page cache."""
+        before = self.usage().used_bytes
+        if self._version == 1:
+            self._write("memory.force_empty", 0)
+        elif (self._folder / "memory.reclaim").exists():
+            self._write("memory.reclaim", size_bytes)
+        return max(0, before - self.usage().used_bytes)
 
     def step(self, target_bytes: int) -> bool:
         """Goes as near to `target_bytes` as can be now; whether it is reached. ControlLost when the cgroup is gone."""

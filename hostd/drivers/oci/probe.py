@@ -43,6 +43,8 @@ HYBRID_CGROUPS = "/sys/fs/cgroup/unified"
 PROBE_LIMITS = Limits(memory_bytes=512 << 20, cpu_milli=2000, pids=512)
 SAID = b"sandloom runs here\n"
 TAIL_BYTES = 300
+SCHEMA = 2
+"""Of verdicts: what is asked has grown since 1."""
 
 
 @dataclass(frozen=True)
@@ -75,7 +77,7 @@ def candidates(name: str, binary: str, *, hybrid: bool) -> list[Runtime]:
 def cache_path(cache_dir: Path, version: str) -> Path:
     """Where the verdict for this boot and runtime is kept."""
     boot_id = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-    return cache_dir / "oci" / f"{hashlib.sha256(f'{boot_id} {version}'.encode()).hexdigest()[:32]}.json"
+    return cache_dir / "oci" / f"{hashlib.sha256(f'{boot_id} {version} {SCHEMA}'.encode()).hexdigest()[:32]}.json"
 
 
 def _cached(path: Path) -> Verdict | None:
@@ -83,6 +85,11 @@ def _cached(path: Path) -> Verdict | None:
         return Verdict(**json.loads(path.read_text()))
     except (OSError, ValueError, TypeError):
         return None
+
+
+def kept(cache_dir: Path, binary: str) -> Verdict | None:
+    """What was found out since this machine booted, if anything. Blocks."""
+    return _cached(cache_path(cache_dir, version_of(binary)))
 
 
 def _keep(path: Path, verdict: Verdict) -> None:
@@ -102,7 +109,7 @@ async def decide(name: str, cgroups: Hierarchy, cache_dir: Path) -> tuple[Runtim
     if binary is None:
         return None, f"{name} is not installed: apt-get install {name}"
     version = await asyncio.to_thread(version_of, binary)
-    path = cache_path(cache_dir, f"{version} 2")  # what is asked has grown since 1
+    path = cache_path(cache_dir, version)
     verdict = _cached(path)
     if verdict is None:
         hybrid = await asyncio.to_thread(os.path.ismount, HYBRID_CGROUPS)

@@ -219,6 +219,11 @@ int main(int argc, char **argv) {
     if (argc > 3 && strcmp(argv[1], "init") == 0 && strcmp(argv[2], "--") == 0) {
         init_run(argv + 3);
     }
+    if (argc == 2 && strcmp(argv[1], "pause") == 0) {
+        for (;;) { /* what a container that is nobody's yet runs, behind init */
+            pause();
+        }
+    }
     if (argc == 3 && strcmp(argv[1], "nodev") == 0) {
         /* An OCI hook, in the container's mounts: crun drops these flags when it binds the root to itself. */
         if (mount(NULL, argv[2], NULL, MS_REMOUNT | MS_BIND | MS_NODEV | MS_NOSUID, NULL) < 0) {

@@ -9,10 +9,11 @@
  * and, with a tty, to send the terminal to the socket FOLDER/N.tty. The workload becomes the monitor's child,
  * because the monitor is a subreaper; so its end cannot be missed and its pid cannot be another's.
  *
- * --init: process 1 runs behind our own init (init.c), which gets its program as descriptor 3 and a socket
- * for its reports as descriptor 4, with which the kernel tells init's pid. --hide: a mount that the runtime
- * must not see (crun refuses cgroup v1 beside v2); --cover: a folder that is empty for it. --begin: how much
- * main had printed before, in a sandbox that goes on from a checkpoint.
+ * --init: the process that makes the container, the first, runs behind our own init (init.c), which gets its
+ * program as descriptor 3 and a socket for its reports as descriptor 4, with which the kernel tells init's
+ * pid. --hide: a mount that the runtime must not see (crun refuses cgroup v1 beside v2); --cover: a folder
+ * that is empty for it. --begin: how much main had printed before, in a sandbox that goes on from a
+ * checkpoint.
  *
  * FREEZE and THAW frame a checkpoint, which ends the runtime's process (hold.c): what is held does not count
  * as ended, keeps its pipes, and is started again by THAW with the command in FOLDER/again.

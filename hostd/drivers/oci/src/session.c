@@ -125,16 +125,21 @@ static void start(struct monitor *monitor, const struct message *message) {
         reply(monitor, message->id, EAGAIN, text, strlen(text));
         return;
     }
-    struct process *first = process_find(monitor, MAIN_PROC);
-    if (first != NULL) {
-        process_settle(monitor, first);
+    bool first = true, has_init = false;
+    for (size_t i = 0; i < MAX_PROCS; i++) {
+        struct process *other = &monitor->processes[i];
+        first = first && other->proc == 0;
+        has_init = has_init || (other->proc != 0 && other->with_init);
+        if (other->proc == MAIN_PROC || (other->proc != 0 && other->with_init)) {
+            process_settle(monitor, other);
+        }
     }
     process_init(process, message->proc);
     process->start_id = message->id;
     process->tty = message->of.start.tty;
     process->rows = message->of.start.rows;
     process->cols = message->of.start.cols;
-    process->with_init = monitor->settings.with_init && message->proc == MAIN_PROC;
+    process->with_init = monitor->settings.with_init && !has_init && (first || message->proc == MAIN_PROC);
     process->followed = true;
     for (size_t i = 0; i < 2 && message->proc == MAIN_PROC; i++) {
         process->streams[i].window.base = process->streams[i].sent = monitor->settings.begin[i];

@@ -65,6 +65,26 @@ async def test_privileges_are_what_was_said(each: OciRig) -> None:
         assert out.split() == ["CapEff:", "0" * 16, "65534", "65534"]
 
 
+async def test_masked_paths_and_refused_calls_from_inside(each: OciRig) -> None:
+    """What the default profile takes away: the host's memory, keys, interrupts and knobs, and calls that reach them."""
+    async with each.box("masked") as (engine, _):
+        script = (
+            "for path in /proc/kcore /proc/keys /proc/timer_list /proc/interrupts /sys/firmware/dmi; do"
+            ' [ -n "$(head -c 9 $path 2>/dev/null)" ] && echo shown $path; done;'
+            " ls /sys/firmware 2>/dev/null | grep . && echo firmware;"
+            " for path in /proc/sys/vm/drop_caches /proc/sysrq-trigger /proc/irq/default_smp_affinity; do"
+            " (echo 1 > $path) 2>/dev/null && echo wrote $path; done;"
+            " unshare -r true 2>/dev/null && echo unshared; swapoff -a 2>/dev/null && echo swap;"
+            " hostname other 2>/dev/null && echo renamed;"
+            " date -s 2001-01-01 >/dev/null 2>&1; [ $(date +%Y) = 2001 ] && echo clock;"
+            " chroot / true && echo chroot; reboot -f 2>/dev/null && echo reboot; echo done"
+        )
+        out, err, _ = await run(engine, sh(script))
+        hidden = [word for word in out.split() if each.runtime.name == "crun" or word in ("swap", "clock", "firmware")]
+        assert hidden == (["chroot", "done"] if each.runtime.name == "crun" else []), (out, err)
+        assert out.endswith("done\n")
+
+
 async def test_users_come_from_the_image_as_it_is_now(each: OciRig) -> None:
     async with each.box("users") as (engine, _):
         with pytest.raises(CommandFailed, match="'late' is not in the image's /etc/passwd"):

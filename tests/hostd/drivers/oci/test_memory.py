@@ -13,6 +13,7 @@ import pytest
 from hostd.drivers.contract import Engine
 from hostd.drivers.oci.driver import OciDriver
 from hostd.drivers.oci.engine import OciEngine
+from hostd.memory.values import MemoryEventKind
 from hostd.spec import Resources
 from native import _dax
 from tests.contract.driver_suite import command, read_until
@@ -62,6 +63,47 @@ async def test_a_workload_s_memory_fits_grows_and_comes_back(each: OciRig) -> No
         await holder.write(b"\n")
         assert (await holder.wait()).code == 0
         await reach(engine, 500)
+
+
+async def test_the_user_space_kernel_gives_its_memory_back(around: Surroundings) -> None:
+    """What a workload frees inside of runsc leaves the host's page tables, not only the Sentry's books."""
+    rig = OciRig(around, "runsc")
+    async with rig.box("returns", resources=Resources(256, 768, 256, 1000)) as (engine, _):
+
+        async def held_mib() -> int:
+            return sum(one.resident_kib for one in await engine.regions() if one.kind == "ram") >> 10
+
+        before = await held_mib()
+        await run(engine, sh("head -c 60000000 /dev/zero | tr '\\0' x > /dev/shm/held"))
+        assert await held_mib() >= before + 50
+        await run(engine, sh("rm /dev/shm/held"))
+        async with asyncio.timeout(60):
+            while True:
+                if await held_mib() <= before + 8:
+                    break
+                await asyncio.sleep(0.05)
+        await engine.resize(Resources(128, 768, 128, 1000))
+        await settled(engine, 128)
+
+
+async def test_page_cache_is_taken_back_without_a_smaller_limit(each: OciRig) -> None:
+    async with each.box("reclaims") as (engine, _):
+        assert isinstance(engine, OciEngine)
+        limit = engine.memory_group.limit_bytes()
+        await asyncio.to_thread(engine.memory_group.reclaim, 64 * MIB)
+        assert engine.memory_group.limit_bytes() == limit
+        assert (await run(engine, sh("echo still here")))[0] == "still here\n"
+
+
+async def test_a_kill_for_want_of_memory_is_told_with_numbers(around: Surroundings) -> None:
+    async with OciRig(around, "crun").box("killed", resources=Resources(64, 600, 64, 1000)) as (engine, _):
+        events = aiter(engine.memory_events())
+        await run(engine, sh("head -c 220000000 /dev/zero | tail"))
+        async with asyncio.timeout(60):
+            event = await anext(events)
+        assert (event.kind, event.total_mib) == (MemoryEventKind.OOM_KILL, 64)
+        assert event.oom_kills >= 1
+        assert (await engine.memory()).signals.oom_kills == event.oom_kills
 
 
 async def test_the_limit_is_hard(each: OciRig) -> None:

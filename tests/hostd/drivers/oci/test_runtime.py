@@ -8,7 +8,7 @@ import pytest
 
 from hostd.drivers.contract import Exit
 from hostd.drivers.oci.engine import told_by_runsc
-from hostd.drivers.oci.memory import SLACK_BYTES, next_limit, parse_stat
+from hostd.drivers.oci.memory import SLACK_BYTES, next_limit, parse_signals, parse_stat
 from hostd.drivers.oci.plan import limits_for, upper_mib
 from hostd.drivers.oci.probe import candidates
 from hostd.drivers.oci.regions import kind_of
@@ -106,7 +106,18 @@ def test_a_shrinking_limit_never_goes_below_what_is_used() -> None:
     assert next_limit(100 * MIB, 200 * MIB, 30 * MIB) == 100 * MIB
     assert next_limit(100 * MIB, 300 * MIB, 150 * MIB) == 150 * MIB + SLACK_BYTES
     assert next_limit(100 * MIB, 200 * MIB, 300 * MIB) == 200 * MIB  # and never up
+    assert next_limit(24 * MIB, 64 * MIB, 2 * MIB) == 24 * MIB  # what is reached needs no slack
     assert next_limit(300 * MIB, 200 * MIB, 250 * MIB) == 300 * MIB
+
+
+def test_a_cgroup_s_signals() -> None:
+    stat = "anon 5\nactive_anon 3145728\ninactive_file 1048576\nworkingset_refault_file 7\nworkingset_refault_anon 2\n"
+    pressure = "some avg10=0.00 avg60=0.00 avg300=0.00 total=12\nfull avg10=0.00 avg60=0.00 avg300=0.00 total=5\n"
+    told = parse_signals(stat, "low 0\noom 3\noom_kill 2\n", pressure, 2)
+    assert (told.psi_some_us, told.psi_full_us, told.refaults, told.oom_kills) == (12, 5, 9, 2)
+    assert (told.active_mib, told.inactive_mib) == (3, 1)
+    old = parse_signals("active_anon 1\ntotal_active_anon 2097152\n", "under_oom 0\noom_kill 4\n", "", 1)
+    assert (old.active_mib, old.oom_kills, old.psi_some_us) == (2, 4, 0)
 
 
 def test_cached_files_are_counted_per_version() -> None:
