@@ -98,8 +98,9 @@ def test_a_pool_from_end_to_end(fabric: Fabric) -> None:
     )  # fmt: skip
 
 
-def test_a_pool_of_host_kernel_sandboxes(fabric: Fabric) -> None:
+def test_a_pool_of_host_kernel_sandboxes(fabric: Fabric, userland: Path) -> None:
     """Claimed by its own class only; a killed hostd takes the claimed one over and ends what nobody claimed."""
+    fabric.ok("image", "import", str(userland), "--name", "userland")  # the last test removed it
     fabric.ok("pool", "create", "plain", "--class", "host-kernel", "--image", "userland", "--size", "1", *SIZES)
     until(lambda: ready(fabric, "plain") == 1, 90.0, fabric.logs)
     fabric.start("hk", "--class", "host-kernel", *SIZES, command=("sh", "-c", "hostname; exec sleep 100000"))
