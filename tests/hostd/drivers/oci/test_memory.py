@@ -154,10 +154,10 @@ async def test_three_sandboxes_of_two_classes_hold_an_image_once(
     engines, big, blob = three
     digest = (await run(engines[0], ("sha256sum", "/big")))[0]
     used = [used_mib(engine) for engine in engines]
-    assert cached_mib(big) == BIG_MIB
+    assert BIG_MIB - 1 < cached_mib(big) <= BIG_MIB  # the kernel may drop some of it meanwhile
     for engine in engines[1:]:
         assert (await run(engine, ("sha256sum", "/big")))[0] == digest
-    assert cached_mib(big) == BIG_MIB
+    assert BIG_MIB - 1 < cached_mib(big) <= BIG_MIB
     assert cached_mib(blob) < 1  # not a second time beneath
     grown = [used_mib(engine) - before for engine, before in zip(engines[1:], used[1:], strict=True)]
     assert all(mib < BIG_MIB / 4 for mib in grown), grown  # neither in the others' cgroups: the Sentry keeps no copy

@@ -140,7 +140,7 @@ def left_of(uid: str, folder: Path, vm_uid: int) -> list[str]:
     found += [
         f"process {pid}: {line}"
         for pid, line in processes()
-        if uid in line or (owner(pid) == vm_uid and (run in line or "sandloom" not in line))
+        if uid in line or (owner(pid) == vm_uid and (run in line or parent(pid) == os.getpid()))
     ]
     for name in ("/proc/net/unix", "/proc/self/mountinfo"):
         found += [f"{name}: {line}" for line in Path(name).read_text().splitlines() if str(folder) in line]
@@ -154,6 +154,14 @@ def processes() -> Iterator[tuple[int, str]]:
             with contextlib.suppress(OSError):
                 words = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
                 yield int(entry.name), words or (entry / "comm").read_text().strip()
+
+
+def parent(pid: int) -> int:
+    """Whose child it is; -1 when it is gone. One that is ending has no command line to know it by."""
+    try:
+        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+    except OSError:
+        return -1
 
 
 def owner(pid: int) -> int:
