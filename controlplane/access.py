@@ -24,8 +24,8 @@ def _all(service: str, roles: frozenset[Role], *methods: str) -> dict[str, froze
 TABLE: Mapping[str, frozenset[Role]] = {
     **_all(
         "Sandboxes", USERS, "CreateSandbox", "GetSandbox", "ListSandboxes", "WatchSandboxes", "ResizeSandbox",
-        "StopSandbox", "DeleteSandbox", "AttachSandbox", "ExecSandbox", "GetLogs", "GetSharingLedger", "WatchEvents",
-        "ExplainSandbox",
+        "ParkSandbox", "UnparkSandbox", "StopSandbox", "DeleteSandbox", "AttachSandbox", "ExecSandbox", "GetLogs",
+        "GetSharingLedger", "WatchEvents", "ExplainSandbox",
     ),
     **_all("Images", USERS, "ImportImage", "PullImage", "GetImage", "ListImages", "DeleteImage"),
     **_all("Pools", USERS, "CreatePool", "GetPool", "ListPools", "ResizePool", "DeletePool"),

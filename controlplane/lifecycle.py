@@ -16,9 +16,10 @@ UNBEGUN = frozenset({Phase.PENDING, Phase.SCHEDULED})
 
 _AHEAD = {
     Phase.PENDING: {Phase.SCHEDULED},
-    Phase.SCHEDULED: {Phase.PENDING, Phase.STARTING, Phase.RUNNING, Phase.STOPPING},
-    Phase.STARTING: {Phase.RUNNING, Phase.STOPPING},
-    Phase.RUNNING: {Phase.STOPPING},
+    Phase.SCHEDULED: {Phase.PENDING, Phase.STARTING, Phase.RUNNING, Phase.PARKED, Phase.STOPPING},
+    Phase.STARTING: {Phase.RUNNING, Phase.PARKED, Phase.STOPPING},
+    Phase.RUNNING: {Phase.PARKED, Phase.STOPPING},
+    Phase.PARKED: {Phase.RUNNING, Phase.STOPPING},
     Phase.STOPPING: set[Phase](),
 }
 TRANSITIONS: dict[Phase, frozenset[Phase]] = {

@@ -26,6 +26,7 @@ class Phase(Enum):
     STOPPING = "stopping"
     EXITED = "exited"
     FAILED = "failed"
+    PARKED = "parked"  # on its host's disk; the next exec, attach or resize unparks it
 
 
 class DesiredState(Enum):
@@ -126,6 +127,8 @@ class SandboxSpec:
     rules: Rules = NO_RULES
     network: Network = Network()
     services: ServicePolicy = ALL_KERNEL
+    priority: int = 0
+    weight: int = 100
 
 
 @dataclass(frozen=True)
@@ -138,6 +141,11 @@ class Resize:
     actual_memory_mib: int = 0
     cpu_milli: int = 0
     message: str = ""
+    desired_cpu_milli: int = 0
+    shortfall_mib: int = 0
+    cause: str = ""
+    deadline_s: float | None = None
+    attempts: int = 0
 
 
 @dataclass(frozen=True)
@@ -160,6 +168,7 @@ class SandboxStatus:
     address: str = ""
     vcpus: int = 0
     vcpus_max: int = 0
+    uncooperative: bool = False
 
 
 @dataclass(frozen=True)
@@ -360,6 +369,7 @@ class Host:
     labels: tuple[Pair, ...] = ()
     taints: tuple[Pair, ...] = ()
     smt: bool = False  # two tenants may share a core by hyperthreads
+    admission_closed: str = ""
     revision: int = field(default=0, metadata=REVISION)
 
 

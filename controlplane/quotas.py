@@ -109,6 +109,7 @@ def _require(tenant: str, asked: Iterable[tuple[str, int | None, int, int]]) -> 
                 most=most,
                 used=there,
                 asked=more,
+                limit="quota",
             )
 
 

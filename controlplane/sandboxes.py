@@ -91,6 +91,7 @@ class Sandboxes:
                 f" {max(0, state.unpromised_mib)} MiB are not promised",
                 needed_mib=more_mib,
                 room_mib=max(0, state.unpromised_mib),
+                limit="host-capacity",
             )
 
     async def stop(self, tenant: str, name: str, grace_s: int) -> Sandbox:

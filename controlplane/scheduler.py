@@ -59,7 +59,7 @@ def host_state(
 ) -> HostState:  # fmt: skip
     """One host's state: `there` is assigned to it (what has ended does not count), `held` is what it holds."""
     live = [sandbox for sandbox in there if sandbox.status.phase not in lifecycle.ENDED]
-    demands = [demand_of(sandbox, expected) for sandbox in live]
+    demands = [_present(sandbox, expected) for sandbox in live]
     unsettled = [demand for sandbox, demand in zip(live, demands, strict=True) if _unsettled(sandbox, host.last_seen_s)]
     pooled_mib = sum(
         (pool.ready + pool.making) * (pool.memory_min_mib + host.capacity.vm_overhead_mib) for pool in host.pools
@@ -116,6 +116,14 @@ def loaded(
 def demand_of(sandbox: Sandbox, expected: Expected = NOTHING_MEASURED) -> Demand:
     """What a recorded sandbox asks, with what its workload was measured to use."""
     return Demand.of(sandbox, expected.get((sandbox.tenant, sandbox.spec.image_digest), 0))
+
+
+def _present(sandbox: Sandbox, expected: Expected) -> Demand:
+    """What a sandbox takes on its host: a parked one no memory and CPU, but it is its tenant's still."""
+    demand = demand_of(sandbox, expected)
+    if sandbox.status.phase is not Phase.PARKED:
+        return demand
+    return replace(demand, memory_min_mib=0, memory_max_mib=0, expected_mib=0, cpu_milli=0, layers=())
 
 
 def _unsettled(sandbox: Sandbox, reported_at_s: float) -> bool:

@@ -17,6 +17,7 @@ from controlplane.explaining import for_tenant
 from controlplane.gate import Caller, Context, Gate
 from controlplane.listing import list_page
 from controlplane.model import Event, Sandbox
+from controlplane.parking import Parking
 from controlplane.records import Records
 from controlplane.sandboxes import Sandboxes
 from controlplane.service_streams import StreamMethods, Streams
@@ -40,6 +41,7 @@ class SandboxesService(StreamMethods, sandboxes_pb2_grpc.SandboxesServicer):
         super().__init__(gate, streams)
         self._store, self._records, self._sandboxes, self._events = store, records, sandboxes, event_log
         self._services = services
+        self._parking = Parking(streams.locator, streams.view, streams.links)
 
     async def CreateSandbox(
         self, request: sandboxes_pb2.CreateSandboxRequest, context: Context
@@ -94,6 +96,18 @@ class SandboxesService(StreamMethods, sandboxes_pb2_grpc.SandboxesServicer):
         async with self._gate.admit(context) as caller:
             name, wish = edge.parse_name(request.name), edge.parse_resize(request)
             return edge.render_sandbox(await self._sandboxes.resize(caller.tenant, name, wish))
+
+    async def ParkSandbox(self, request: sandboxes_pb2.ParkSandboxRequest, context: Context) -> sandboxes_pb2.Sandbox:
+        """See sandboxes.proto."""
+        async with self._gate.admit(context) as caller:
+            return edge.render_sandbox(await self._parking.park(caller.tenant, edge.parse_name(request.name)))
+
+    async def UnparkSandbox(
+        self, request: sandboxes_pb2.UnparkSandboxRequest, context: Context
+    ) -> sandboxes_pb2.Sandbox:
+        """See sandboxes.proto."""
+        async with self._gate.admit(context) as caller:
+            return edge.render_sandbox(await self._parking.unpark(caller.tenant, edge.parse_name(request.name)))
 
     async def StopSandbox(self, request: sandboxes_pb2.StopSandboxRequest, context: Context) -> sandboxes_pb2.Sandbox:
         """See sandboxes.proto."""

@@ -14,7 +14,7 @@ from controlplane.view import View
 BEGIN_DEADLINE_S = 180.0
 """How long an attach waits for a host to begin; a host boots few guests at a time."""
 
-RUNNABLE = frozenset({Phase.RUNNING, Phase.STOPPING})
+RUNNABLE = frozenset({Phase.RUNNING, Phase.STOPPING, Phase.PARKED})
 
 
 @dataclass(frozen=True)

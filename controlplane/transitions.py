@@ -97,6 +97,7 @@ def resized(sandbox: Sandbox, wish: ResizeWish) -> Sandbox:
         actual_memory_mib=last.actual_memory_mib if last else 0,
         cpu_milli=last.cpu_milli if last else 0,
         message="asked of the host",
+        desired_cpu_milli=sizes.cpu_milli,
     )
     spec, status = replace(sandbox.spec, resources=sizes), replace(sandbox.status, resize=progress)
     return replace(sandbox, spec=spec, status=status)
@@ -110,12 +111,14 @@ def _require_within(sandbox: Sandbox, sizes: Resources) -> None:
             f"{max(sizes.memory_mib, sizes.memory_min_mib)} MiB is above sandbox {sandbox.name}'s ceiling of"
             f" {most_mib} MiB, which is fixed when it starts: make a new one with a higher maximum",
             memory_max_mib=most_mib,
+            limit="max",
         )  # fmt: skip
     if sizes.vcpus > sandbox.vcpus:
         raise Precondition(
             "AboveCeiling",
             f"{sizes.cpu_milli / 1000:g} CPUs are above the {sandbox.vcpus} that sandbox {sandbox.name} has room for",
             vcpus=sandbox.vcpus,
+            limit="vcpus",
         )  # fmt: skip
     if sizes.memory_mib < sizes.memory_min_mib:
         raise Invalid(
@@ -160,11 +163,13 @@ def _resize_seen(sandbox: Sandbox, seen: Resize | None) -> Resize | None:
     if seen is None:
         return sandbox.status.resize
     fulfilled = seen.desired_memory_mib == wanted.memory_mib and (
-        seen.state is not ResizeState.DONE or seen.cpu_milli == wanted.cpu_milli
+        seen.desired_cpu_milli == wanted.cpu_milli
+        if seen.desired_cpu_milli
+        else seen.state is not ResizeState.DONE or seen.cpu_milli == wanted.cpu_milli
     )
     if fulfilled:
         return seen
-    return replace(seen, state=ResizeState.IN_PROGRESS, desired_memory_mib=wanted.memory_mib, message="")
+    return replace(seen, state=ResizeState.IN_PROGRESS, desired_memory_mib=wanted.memory_mib, message="", cause="")
 
 
 def etag(sandbox: Sandbox) -> str:

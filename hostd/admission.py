@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from hostd.errors import ShortOfResources
 from hostd.spec import Resources
@@ -21,6 +21,12 @@ class HostNow:
     memory_reserve_mib: int
     disk_free_mib: int
     disk_reserve_mib: int
+    closed: str = ""  # why the broker admits nothing now
+
+
+def with_max(resources: Resources) -> Resources:
+    """A sandbox whose guest does not give memory back, as it counts: no less than all that it may have."""
+    return replace(resources, memory_min_mib=resources.memory_max_mib, memory_mib=resources.memory_max_mib)
 
 
 def reserved_mib(live: Iterable[Resources]) -> int:
@@ -40,12 +46,16 @@ def admit(host: HostNow, live: Iterable[Resources], wanted: Resources) -> None:
             f" promised {promised}): stop a sandbox, or ask for a lower minimum",
             reason="ShortOfMemory",
         )
+    if host.closed:
+        text = f"nothing new is admitted now: {host.closed}; retry"
+        raise ShortOfResources(text, reason="AdmissionClosed", passing=True)
     usable = host.memory_available_mib - host.memory_reserve_mib
     if need > usable:
         raise ShortOfResources(
             f"short of memory: {need} MiB needed, {max(0, usable)} MiB available now above the reserve of"
             f" {host.memory_reserve_mib} MiB: free some on the host, or ask for a lower minimum",
             reason="ShortOfMemory",
+            passing=True,
         )
     if host.disk_free_mib < host.disk_reserve_mib:
         raise ShortOfResources(

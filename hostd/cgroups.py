@@ -51,6 +51,15 @@ def limit_files(version: int, limits: Limits) -> list[tuple[str, str, str]]:
 
 
 @dataclass(frozen=True)
+class GroupMemory:
+    """Memory of all sandboxes' cgroups together; `pressure` is the text of memory.pressure, None on v1."""
+
+    charged_bytes: int
+    cache_bytes: int  # of it page cache of files, which the kernel takes back by itself
+    pressure: str | None = None
+
+
+@dataclass(frozen=True)
 class Hierarchy:
     """Where this host's cgroups are: `roots` maps a controller ("" on v2) to the folder for our sandboxes."""
 
@@ -146,6 +155,34 @@ class Hierarchy:
         except OSError:
             pass  # EBUSY, EAGAIN: not all of it; no such file: nothing
         return max(0, before - self.usage_bytes(uid))
+
+    def total(self) -> GroupMemory:
+        """What all sandboxes are charged with together. HostdError when the parent folder is gone."""
+        root = self.roots["" if self.version == 2 else "memory"]
+        prefix = "" if self.version == 2 else "total_"
+        try:
+            charged = int((root / ("memory.current" if self.version == 2 else "memory.usage_in_bytes")).read_text())
+            stat = dict(line.split() for line in (root / "memory.stat").read_text().splitlines())
+        except OSError as error:
+            raise HostdError(
+                f"{error.filename}: {error.strerror}: the cgroup of all sandboxes cannot be read"
+            ) from error
+        cache = sum(int(stat.get(f"{prefix}{name}_file", 0)) for name in ("active", "inactive"))
+        pressure = root / "memory.pressure"
+        return GroupMemory(charged, cache, pressure.read_text() if pressure.exists() else None)
+
+    def limit_total(self, memory_bytes: int) -> None:
+        """A hard limit on all sandboxes together; 0: none. ConfigError when the kernel does not take it."""
+        root = self.roots["" if self.version == 2 else "memory"]
+        path = root / ("memory.max" if self.version == 2 else "memory.limit_in_bytes")
+        none = "max" if self.version == 2 else "-1"
+        try:
+            path.write_text(str(memory_bytes) if memory_bytes else none)
+        except OSError as error:
+            raise ConfigError(
+                f"{path} = {memory_bytes}: {error.strerror}: sandboxes that run may use more already; raise"
+                " memory_budget_mib, or stop some"
+            ) from error
 
     def names(self, prefix: str) -> list[str]:
         """Our cgroups whose names begin with `prefix`."""

@@ -248,6 +248,12 @@ class Checkpoints:
             self._open[key] = _Open(memory, unused_since_s=self._now_s())
         return self._open[key]
 
+    def let_go(self, key: str) -> None:
+        """Closes the memory of one that nobody uses, instead of keeping it for the next. Idempotent."""
+        opened = self._open.get(key)
+        if opened is not None and not opened.users:
+            self._close(key)
+
     def release(self, key: str, user: str) -> None:
         """Sandbox `user` has ended. Idempotent; also of checkpoints that are gone."""
         opened = self._open.get(key)

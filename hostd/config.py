@@ -16,6 +16,12 @@ init_on_alloc = "on" | "off"        whether guest kernels clear each page they g
 registries = ["r.example:5000"]     the registries that images are pulled from; none unless named, "*" is any
 plain_registries                    those of them whose TLS is not verified, or that have none
 boot_deadline_s                     how long a guest may take to its agent's first answer
+memory_broker = "on" | "off"        off: a resize gets what it asks for, and nothing else moves (hostd/memory/broker.py)
+memory_budget_mib                   what all sandboxes may use together, as a hard limit too; 0: all the host has
+memory_sense_s                      how often the broker looks at the host and its guests
+memory_overcommit_percent           how much of what is allocated and idle may be promised to others
+memory_headroom_percent             what a sandbox should have free, of what it uses
+memory_park_after_s, memory_evict_after_s    how long the host may be short before a sandbox is parked, or evicted
 """
 
 from __future__ import annotations
@@ -30,6 +36,7 @@ from typing import Any
 from controlplane.api.identity import NAME_PATTERN
 from hostd.cgroups import SLICE
 from hostd.errors import ConfigError
+from hostd.memory.broker import Rules
 
 DRIVERS = ("qemu", "fake")
 ACCELS = ("auto", "kvm", "tcg")
@@ -69,14 +76,23 @@ class Config:
     network_nat: bool = False
     elastic_pages: str = "auto"
     init_on_alloc: str = "on"
+    memory_broker: str = "on"
+    memory_budget_mib: int = 0
+    memory_sense_s: float = 0.5
+    memory_overcommit_percent: int = 50
+    memory_headroom_percent: int = 10
+    memory_park_after_s: float = 10.0
+    memory_evict_after_s: float = 30.0
 
     def __post_init__(self) -> None:
-        for key, value, choices in (
+        chosen = (
             ("driver", self.driver, DRIVERS),
             ("accel", self.accel, ACCELS),
             ("elastic_pages", self.elastic_pages, ELASTIC_PAGES),
             ("init_on_alloc", self.init_on_alloc, SWITCH),
-        ):
+            ("memory_broker", self.memory_broker, SWITCH),
+        )
+        for key, value, choices in chosen:
             if value not in choices:
                 raise ConfigError(f"{key} {value!r}: choose one of {', '.join(choices)}")
         if not NAME_PATTERN.fullmatch(self.host):
@@ -99,9 +115,38 @@ class Config:
             raise ConfigError(f"scrub_interval_s {self.scrub_interval_s} is below 60 seconds")
         if not 0 < self.boot_deadline_s <= 3600:
             raise ConfigError(f"boot_deadline_s {self.boot_deadline_s} is outside 0..3600 seconds")
+        self._require_memory()
         # 107 bytes is all a unix socket's path may have (unix(7)); the longest is RUN/UID/agent.sock.
         if len(str(self.run_dir)) > 107 - 40:
             raise ConfigError(f"run_dir {self.run_dir} is too long for unix sockets below it: 67 bytes at most")
+
+    def memory_rules(self, overhead_mib: int) -> Rules:
+        """What the broker goes by."""
+        return Rules(
+            reserve_mib=self.memory_reserve_mib,
+            overhead_mib=overhead_mib,
+            overcommit_percent=self.memory_overcommit_percent,
+            headroom_percent=self.memory_headroom_percent,
+            park_after_s=self.memory_park_after_s,
+            evict_after_s=self.memory_evict_after_s,
+        )
+
+    def _require_memory(self) -> None:
+        if 0 < self.memory_budget_mib <= self.memory_reserve_mib:
+            raise ConfigError(
+                f"memory_budget_mib {self.memory_budget_mib} is not above memory_reserve_mib {self.memory_reserve_mib}:"
+                " nothing would be left for sandboxes"
+            )
+        if not 0.05 <= self.memory_sense_s <= 60:
+            raise ConfigError(f"memory_sense_s {self.memory_sense_s} is outside 0.05..60 seconds")
+        for key in ("memory_overcommit_percent", "memory_headroom_percent"):
+            if not 0 <= getattr(self, key) <= 100:
+                raise ConfigError(f"{key} {getattr(self, key)} is outside 0..100")
+        if not 0 < self.memory_park_after_s <= self.memory_evict_after_s:
+            raise ConfigError(
+                f"memory_park_after_s {self.memory_park_after_s} and memory_evict_after_s {self.memory_evict_after_s}:"
+                " both must be above 0, and parking must come first"
+            )
 
 
 def parse(values: dict[str, Any], source: str) -> Config:

@@ -23,6 +23,7 @@ PHASES = {
     Phase.STARTING: sandboxes_pb2.STARTING,
     Phase.RUNNING: sandboxes_pb2.RUNNING,
     Phase.STOPPING: sandboxes_pb2.STOPPING,
+    Phase.PARKED: sandboxes_pb2.PARKED,
     Phase.EXITED: sandboxes_pb2.EXITED,
     Phase.FAILED: sandboxes_pb2.FAILED,
 }
@@ -44,6 +45,9 @@ RESIZES = {
     ResizeState.INFEASIBLE: sandboxes_pb2.RESIZE_INFEASIBLE,
     ResizeState.ERROR: sandboxes_pb2.RESIZE_ERROR,
 }
+
+
+DEFAULT_WEIGHT = 100
 
 
 def parse_process(process: sandboxes_pb2.Process) -> ProcessSpec:
@@ -91,6 +95,8 @@ def parse_sandbox(sandbox: sandboxes_pb2.Sandbox) -> SandboxSpec:
         sandbox_class=sandbox_class,
         network=parse_network(spec.network),
         services=parse_services(spec.services, sandbox.name),
+        priority=spec.priority,
+        weight=spec.weight or DEFAULT_WEIGHT,
     )
 
 
@@ -139,6 +145,7 @@ def render_status(report: Report) -> sandboxes_pb2.SandboxStatus:
         origin=record.origin,
         start_phases=[sandboxes_pb2.StartPhase(name=name, seconds=seconds) for name, seconds in record.start_phases],
     )
+    status.uncooperative = record.uncooperative
     if record.started_at_s is not None:
         status.started_at.CopyFrom(timestamp(record.started_at_s))
     if record.finished_at_s is not None:
@@ -157,14 +164,21 @@ def render_refusal(error: InvalidSpec, epoch: int) -> sandboxes_pb2.SandboxStatu
 
 def render_resize(progress: ResizeProgress) -> sandboxes_pb2.ResizeStatus:
     """The contract's sizes."""
-    return sandboxes_pb2.ResizeStatus(
+    message = sandboxes_pb2.ResizeStatus(
         state=RESIZES[progress.state],
         desired_memory_mib=progress.desired_mib,
         allocated_memory_mib=progress.allocated_mib,
         actual_memory_mib=progress.actual_mib,
         cpu_milli=progress.cpu_milli,
         message=progress.message,
+        desired_cpu_milli=progress.desired_cpu_milli,
+        shortfall_mib=progress.shortfall_mib,
+        cause=progress.cause.value,
+        attempts=progress.attempts,
     )
+    if progress.deadline_s:
+        message.deadline.CopyFrom(timestamp(progress.deadline_s))
+    return message
 
 
 def render_memory(row: MemoryRow, name: str, host: str) -> sandboxes_pb2.SandboxMemory:

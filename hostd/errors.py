@@ -31,6 +31,11 @@ class ShortOfResources(HostdError):
 
     reason = "ShortOfResources"
 
+    def __init__(self, message: str, *, reason: str | None = None, passing: bool = False) -> None:
+        super().__init__(message, reason=reason)
+        self.passing = passing
+        """Whether it may fit in a moment, once others have given back what they do not need."""
+
 
 class ImageMissing(HostdError):
     """The image is not (or no longer) in this host's store: import it again."""

@@ -23,6 +23,7 @@ from controlplane.api.v1 import sandboxes_pb2
 from hostd.errors import InvalidSpec, JournalError
 from hostd.lifecycle import Phase
 from hostd.removal import remove_folder
+from hostd.resize import Cause, ResizeProgress, ResizeState
 from hostd.spec import Allowed, Command, DesiredState, Network, ProcessSpec, Resources, SandboxClass, SandboxSpec
 
 SCHEMA = 1
@@ -82,6 +83,9 @@ class Record:
     start_phases: tuple[tuple[str, float], ...] = ()
     origin: str = ""  # how its engine came up
     adoptions: int = 0
+    resize: ResizeProgress | None = None  # how far the last resize got
+    uncooperative: bool = False
+    parked: str = ""  # the id of the checkpoint that it is, or is about to go on from
 
 
 def encode(record: Record) -> bytes:
@@ -91,6 +95,8 @@ def encode(record: Record) -> bytes:
     values["spec"]["desired"] = record.spec.desired.value
     values["spec"]["sandbox_class"] = record.spec.sandbox_class.value
     values["spec"]["services"] = render_policy(record.spec.services).SerializeToString().hex()
+    if record.resize is not None:
+        values["resize"] |= {"state": record.resize.state.value, "cause": record.resize.cause.value}
     if record.outcome is not None:
         values["outcome"]["phase"] = record.outcome.phase.value
     return json.dumps({"schema": SCHEMA, "record": values}, sort_keys=True).encode()
@@ -117,9 +123,16 @@ def _record(values: dict[str, Any]) -> Record:
         handle=Handle(**handle) if handle else None,
         command=Command(**_tuples(command)) if command else None,
         outcome=outcome,
+        resize=_resize(values.pop("resize", None)),
         start_phases=tuple((n, s) for n, s in values.pop("start_phases")),
         **values,
     )
+
+
+def _resize(values: dict[str, Any] | None) -> ResizeProgress | None:
+    if values is None:
+        return None
+    return ResizeProgress(state=ResizeState(values.pop("state")), cause=Cause(values.pop("cause")), **values)
 
 
 def _spec(values: dict[str, Any]) -> SandboxSpec:

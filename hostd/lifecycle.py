@@ -14,6 +14,7 @@ class Phase(Enum):
     STARTING = "starting"  # directory, cgroup, VMM, kernel, agent, command
     RUNNING = "running"  # the main process was started
     STOPPING = "stopping"  # asked to end
+    PARKED = "parked"  # a checkpoint on this host's disk, and nothing runs
     EXITED = "exited"  # the main process ended and everything but record and log is gone
     FAILED = "failed"  # ended for another reason, which the record names
     GONE = "gone"  # nothing of it is left here
@@ -22,7 +23,8 @@ class Phase(Enum):
 TRANSITIONS: dict[Phase, frozenset[Phase]] = {
     Phase.ASSIGNED: frozenset({Phase.STARTING, Phase.FAILED, Phase.EXITED, Phase.GONE}),
     Phase.STARTING: frozenset({Phase.RUNNING, Phase.FAILED, Phase.EXITED, Phase.STOPPING}),
-    Phase.RUNNING: frozenset({Phase.STOPPING, Phase.EXITED, Phase.FAILED}),
+    Phase.RUNNING: frozenset({Phase.STOPPING, Phase.PARKED, Phase.EXITED, Phase.FAILED}),
+    Phase.PARKED: frozenset({Phase.RUNNING, Phase.EXITED, Phase.FAILED}),
     Phase.STOPPING: frozenset({Phase.EXITED, Phase.FAILED}),
     Phase.EXITED: frozenset({Phase.GONE}),
     Phase.FAILED: frozenset({Phase.GONE}),

@@ -17,18 +17,20 @@ from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import psutil
-
 from hostd import images
-from hostd.admission import HostNow, admit
+from hostd.admission import GUEST_OVERHEAD_MIB, HostNow, admit, reserved_mib, with_max
+from hostd.cgroups import Hierarchy
 from hostd.checkpoint import CheckpointAbout
 from hostd.checkpoints import Checkpoints
 from hostd.command import resolve
 from hostd.config import Config
 from hostd.drivers.contract import Driver, LayerFile
-from hostd.errors import HostdError, ImageMissing, SandboxGone
+from hostd.drivers.seat import seat_of
+from hostd.errors import HostdError, ImageMissing, SandboxGone, ShortOfResources
 from hostd.journal import Journal, Record
 from hostd.lifecycle import ENDED, Phase
+from hostd.memory.brokering import Broker
+from hostd.memory.pressure import HostSense
 from hostd.pools import Pools, Taken
 from hostd.removal import remove_folder
 from hostd.resize import ResizeProgress
@@ -44,6 +46,7 @@ FIRST_VM_UID = 200_000
 LAST_VM_UID = 265_535
 STARTS_PER_CPU = 2
 HOLDS_MEMORY = frozenset({Phase.STARTING, Phase.RUNNING, Phase.STOPPING})
+ADMIT_WAIT_S, ADMIT_POLL_S = 20.0, 0.2
 IMPORT_PREFIX = ".import-"
 """Spooled uploads, below the state directory; what a crash left of them goes at the next start."""
 
@@ -102,6 +105,7 @@ class Sandboxes:
         happened: Callable[[Happened], None],
         now_s: Callable[[], float] = time.time,
         now_ns: Callable[[], int] = time.time_ns,
+        cgroups: Hierarchy | None = None,
     ) -> None:
         self.config, self.store, self.driver = config, store, driver
         self.run_dir: Path = config.run_dir
@@ -116,6 +120,14 @@ class Sandboxes:
         self.ready = asyncio.Event()
         self.fetch: Callable[[str, str, Callable[[str, str], None]], Awaitable[None]] | None = None
         self.pools = Pools(self)
+        self._cgroups = cgroups
+        self.broker = Broker(
+            self,
+            config.memory_rules(GUEST_OVERHEAD_MIB),
+            HostSense(cgroups, config.memory_budget_mib),
+            sense_s=config.memory_sense_s,
+            active=config.memory_broker == "on",
+        )
         self.checkpoints: Checkpoints = Checkpoints(store, lambda: self.driver.checkpointing, now_s, self._awaited)
 
     async def run(self) -> None:
@@ -126,6 +138,7 @@ class Sandboxes:
             for record in records:
                 self._begin(record)
             group.create_task(self.pools.run(), name="pools")
+            group.create_task(self.broker.run(), name="broker")
             group.create_task(self.checkpoints.run(), name="checkpoints")
             self.ready.set()
             await asyncio.Event().wait()
@@ -148,7 +161,8 @@ class Sandboxes:
     def _awaited(self) -> set[str]:
         """Checkpoints that sandboxes are about to go on from."""
         beginning = (Phase.ASSIGNED, Phase.STARTING)
-        return {each.spec.checkpoint for each in self.all() if each.record.phase in beginning}
+        awaited = {each.spec.checkpoint for each in self.all() if each.record.phase in beginning}
+        return awaited | {each.record.parked for each in self.all()}
 
     def _release_members(self) -> None:
         """Unpins the images of pool members: those of a former hostd have ended, and claimed ones are sandboxes."""
@@ -235,7 +249,8 @@ class Sandboxes:
 
     def live_resources(self, *, but: str = "") -> list[Resources]:
         """What running and starting sandboxes are guaranteed."""
-        return [s.spec.resources for s in self.all() if s.record.phase in HOLDS_MEMORY and s.spec.uid != but]
+        holding = [s for s in self.all() if s.record.phase in HOLDS_MEMORY and s.spec.uid != but]
+        return [s.spec.resources if s.cooperative else with_max(s.spec.resources) for s in holding]
 
     def held_resources(self, *, but: str = "") -> list[Resources]:
         """What is promised on this host: to sandboxes, and to the members of pools."""
@@ -272,17 +287,55 @@ class Sandboxes:
         """ShortOfResources when it must not start now."""
         admit(self.host_now(), self.held_resources(but=spec.uid), spec.resources)
 
+    async def admitted(self, spec: SandboxSpec) -> None:
+        """Returns when it may start, the broker making room meanwhile; ShortOfResources when that is hopeless, or has
+        not come to be in ADMIT_WAIT_S."""
+        loop = asyncio.get_running_loop()
+        give_up_s = loop.time() + ADMIT_WAIT_S
+        while True:
+            try:
+                return self.admit(spec)
+            except ShortOfResources as error:
+                if not error.passing or not self.broker.active or loop.time() >= give_up_s:
+                    raise
+            self.broker.poke()
+            await asyncio.sleep(ADMIT_POLL_S)
+
     def host_now(self) -> HostNow:
         """The host's memory and disk at this moment."""
-        memory = psutil.virtual_memory()
-        disk = shutil.disk_usage(self.config.state_dir)
+        memory, disk = self.broker.host_memory(), shutil.disk_usage(self.config.state_dir)
         return HostNow(
-            memory.total >> 20,
-            memory.available >> 20,
+            memory.total_mib,
+            memory.available_mib,
             self.config.memory_reserve_mib,
             disk.free >> 20,
             self.config.disk_reserve_mib,
+            self.broker.closed,
         )
+
+    # What the broker asks, and what a sandbox asks of it.
+
+    def governed(self) -> list[Sandbox]:
+        """Those whose memory can be moved now."""
+        return [sandbox for sandbox in self.all() if sandbox.engine is not None]
+
+    def promised_elsewhere_mib(self) -> int:
+        """Guarantees and overhead of what the broker does not move: pools' members, and what starts, parks or ends."""
+        holding = [s for s in self.all() if s.record.phase in HOLDS_MEMORY and s.engine is None]
+        return reserved_mib([*(s.spec.resources for s in holding), *self.pools.held()])
+
+    def resident_mib(self, uid: str) -> int:
+        """What the host has really given a sandbox, beside its overhead; 0 when that is not known."""
+        known = self._sandboxes.get(uid)
+        if self._cgroups is None or known is None:
+            return 0
+        seat = seat_of(uid, known.folder, known.record.handle).name
+        return max(0, (self._cgroups.usage_bytes(seat) >> 20) - GUEST_OVERHEAD_MIB)
+
+    def host_event(self, reason: str, message: str) -> None:
+        """Puts something about the host itself into the event log."""
+        log.info("%s: %s", reason, message)
+        self._happened(Happened(self.config.host, reason, message, self.now_s(), kind="host"))
 
     def claim_vm_uid(self) -> int:
         """A uid of its own for a VM: the lowest that no sandbox here has."""

@@ -26,7 +26,6 @@ from pathlib import Path
 from typing import Any
 
 import grpc.aio
-import psutil
 
 from controlplane.api.channel import TlsFiles, connect, server_credentials, server_options
 from controlplane.api.errors import ControlPlaneError
@@ -62,7 +61,12 @@ class Server:
     def __init__(self, config: Config, store: Store, chosen: Chosen, outbox: Outbox) -> None:
         self.config, self.store, self.chosen, self.outbox = config, store, chosen, outbox
         self.sandboxes = Sandboxes(
-            config, store, chosen.driver, report=self.outbox.report, happened=self.outbox.happened
+            config,
+            store,
+            chosen.driver,
+            report=self.outbox.report,
+            happened=self.outbox.happened,
+            cgroups=chosen.cgroups,
         )
         self.address = ""
         self._kernel_features = features.kernel_features()
@@ -71,10 +75,11 @@ class Server:
         """This host as it is now."""
         live = self.sandboxes.live_resources()
         digests = await asyncio.to_thread(lambda: sorted({image.digest for image in self.store.images()}))
-        memory = psutil.virtual_memory()
+        memory = await asyncio.to_thread(self.sandboxes.broker.host_memory)
         capacity = hosts_pb2.HostCapacity(
-            memory_mib=memory.total >> 20,
-            memory_available_mib=memory.available >> 20,
+            memory_mib=memory.total_mib,
+            # Where nothing is admitted, nothing is available to what would come.
+            memory_available_mib=0 if self.sandboxes.broker.closed else memory.available_mib,
             memory_reserved_mib=reserved_mib(self.sandboxes.held_resources()),
             cpu_milli=1000 * (os.cpu_count() or 1),
             disk_free_mib=shutil.disk_usage(self.config.state_dir).free >> 20,
@@ -105,6 +110,7 @@ class Server:
             labels=dict(text.partition("=")[::2] for text in self.config.labels),
             taints=self.config.taints,
             smt=smt_is_on(),
+            admission_closed=self.sandboxes.broker.closed,
         )
 
     async def run(self, stop: asyncio.Event) -> None:

@@ -50,6 +50,19 @@ class Runtime(hosts_pb2_grpc.HostRuntimeServicer):
             async for output in _closing(streams.execute(sandbox, start, request_iterator, now_ns)):
                 yield output
 
+    async def Park(self, request: sandboxes_pb2.ParkSandboxRequest, context: Context) -> hosts_pb2.ParkResponse:
+        """See hosts.proto."""
+        async with translated(context):
+            await self._sandboxes.find(request.name).park("asked for")
+            return hosts_pb2.ParkResponse()
+
+    async def Unpark(self, request: sandboxes_pb2.UnparkSandboxRequest, context: Context) -> hosts_pb2.UnparkResponse:
+        """See hosts.proto."""
+        async with translated(context):
+            sandbox = self._sandboxes.find(request.name)
+            await sandbox.awake()
+            return hosts_pb2.UnparkResponse()
+
     async def Logs(self, request: sandboxes_pb2.GetLogsRequest, context: Context) -> streams.Outputs:
         """See hosts.proto."""
         async with translated(context):

@@ -100,6 +100,8 @@ def _render_spec(spec: SandboxSpec, image: str) -> sandboxes_pb2.SandboxSpec:
             tty_cols=process.cols,
         ),
         services=render_policy(spec.services),
+        priority=spec.priority,
+        weight=spec.weight,
     )
     setattr(message, "class", CLASSES[spec.sandbox_class])
     return message

@@ -29,6 +29,7 @@ _HOSTNAME = re.compile(r"[A-Za-z0-9]([A-Za-z0-9.-]{0,62}[A-Za-z0-9])?")
 
 
 MAX_GRACE_S = 86_400.0
+MAX_PRIORITY, MAX_WEIGHT = 1000, 10_000
 
 
 class SandboxClass(Enum):
@@ -147,6 +148,8 @@ class SandboxSpec:
     sandbox_class: SandboxClass = SandboxClass.GUEST_KERNEL
     network: Network = Network()
     services: ServicePolicy = ALL_KERNEL
+    priority: int = 0  # who loses what is above its minimum first when the host is short: the lower
+    weight: int = 100  # its share, among equals, of what nobody is guaranteed
 
     def __post_init__(self) -> None:
         if not _UID.fullmatch(self.uid):
@@ -155,6 +158,10 @@ class SandboxSpec:
             raise InvalidSpec(f"hostname {self.hostname!r} is not 1-64 of [A-Za-z0-9.-]: choose another one")
         if not 0 <= self.stop_grace_s <= MAX_GRACE_S:
             raise InvalidSpec(f"a grace of {self.stop_grace_s:g} s is outside 0..{MAX_GRACE_S:g}")
+        if abs(self.priority) > MAX_PRIORITY:
+            raise InvalidSpec(f"priority {self.priority} is outside {-MAX_PRIORITY}..{MAX_PRIORITY}")
+        if not 1 <= self.weight <= MAX_WEIGHT:
+            raise InvalidSpec(f"weight {self.weight} is outside 1..{MAX_WEIGHT}")
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ import asyncio
 import signal
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import aclosing, contextmanager
+from typing import Protocol
 
 from controlplane.api.v1 import sandboxes_pb2
 from hostd import edge
@@ -18,8 +19,9 @@ from hostd.drivers.contract import ProcessLink
 from hostd.errors import CommandFailed, HostdError, InvalidSpec, StartFailed
 from hostd.lifecycle import ENDED, Phase
 from hostd.logs import last_lines
-from hostd.sandbox import Live, Sandbox
+from hostd.sandbox import Sandbox
 from hostd.spec import Command, ProcessSpec
+from hostd.starting import Live
 from hostd.tasks import OwnedTasks, to_its_end
 
 Inputs = AsyncIterator[sandboxes_pb2.StreamInput]
@@ -31,7 +33,7 @@ RUNNING_DEADLINE_S = 300.0
 ENDED_DEADLINE_S = 60.0
 FIRST_INPUT_S = 30.0
 HANG_UP_S, PUT_AWAY_S = 1.0, 5.0
-STARTED_OR_ENDED = frozenset({*ENDED, Phase.RUNNING, Phase.STOPPING})
+STARTED_OR_ENDED = frozenset({*ENDED, Phase.RUNNING, Phase.STOPPING, Phase.PARKED})
 
 
 async def start_of(inputs: Inputs) -> sandboxes_pb2.StreamStart:
@@ -51,10 +53,11 @@ async def attach(sandbox: Sandbox, start: sandboxes_pb2.StreamStart, inputs: Inp
     sandbox.follow_begins()
     try:
         await _wait(sandbox, STARTED_OR_ENDED, RUNNING_DEADLINE_S, "does not run")
+        await sandbox.unpark()
         with _session(sandbox, "attach with standard input" if start.stdin else ""):
             async with OwnedTasks() as tasks:
                 if sandbox.live is not None:
-                    tasks.spawn(feed(sandbox.live.main, inputs, stdin=start.stdin), "feed")
+                    tasks.spawn(feed(_MainOf(sandbox), inputs, stdin=start.stdin), "feed")
                     yield sandboxes_pb2.StreamOutput(started=True)
                 async for entry in sandbox.log.follow(from_start=start.from_start):
                     yield render_output(entry.stream, entry.data, entry.time_ns)
@@ -67,13 +70,14 @@ async def execute(
     sandbox: Sandbox, start: sandboxes_pb2.StreamStart, inputs: Inputs, now_ns: Callable[[], int]
 ) -> Outputs:
     """One more process: its output as it comes, its input, and how it ended."""
-    live = sandbox.running()
     spec = edge.parse_process(start.exec)
-    command = resolve_exec(spec, live.command)
-    with _session(sandbox, _interactive(spec, command.argv[0])):
-        async with aclosing(_executed(live, command, inputs, now_ns)) as outputs:  # type: ignore[type-var]
-            async for output in outputs:
-                yield output
+    with _executing(sandbox):  # from here on it is not parked
+        live = await sandbox.awake()
+        command = resolve_exec(spec, live.command)
+        with _session(sandbox, _interactive(spec, command.argv[0])):
+            async with aclosing(_executed(live, command, inputs, now_ns)) as outputs:  # type: ignore[type-var]
+                async for output in outputs:
+                    yield output
 
 
 async def _executed(live: Live, command: Command, inputs: Inputs, now_ns: Callable[[], int]) -> Outputs:
@@ -94,6 +98,53 @@ async def _executed(live: Live, command: Command, inputs: Inputs, now_ns: Callab
     finally:
         await to_its_end(_put_away(process, hang_up=ended is None))
     yield sandboxes_pb2.StreamOutput(exit=sandboxes_pb2.ExitStatus(code=ended.code, signal=ended.signal))
+
+
+class _MainOf:
+    """The main process of a sandbox that may be parked meanwhile: what is sent then is dropped, as to one that ended.
+    Implements what feed() needs."""
+
+    def __init__(self, sandbox: Sandbox) -> None:
+        self._sandbox = sandbox
+
+    async def write(self, data: bytes) -> None:
+        """See ProcessLink.write."""
+        if self._sandbox.live is not None:
+            await self._sandbox.live.main.write(data)
+
+    async def close_stdin(self) -> None:
+        """See ProcessLink.close_stdin."""
+        if self._sandbox.live is not None:
+            await self._sandbox.live.main.close_stdin()
+
+    async def signal(self, signo: int) -> None:
+        """See ProcessLink.signal."""
+        if self._sandbox.live is not None:
+            await self._sandbox.live.main.signal(signo)
+
+    async def resize_tty(self, rows: int, cols: int) -> None:
+        """See ProcessLink.resize_tty."""
+        if self._sandbox.live is not None:
+            await self._sandbox.live.main.resize_tty(rows, cols)
+
+
+class Fed(Protocol):
+    """What input goes to: a process, or a sandbox's main one."""
+
+    async def write(self, data: bytes) -> None: ...
+    async def close_stdin(self) -> None: ...
+    async def signal(self, signo: int) -> None: ...
+    async def resize_tty(self, rows: int, cols: int) -> None: ...
+
+
+@contextmanager
+def _executing(sandbox: Sandbox) -> Iterator[None]:
+    """While a client's program runs in the sandbox: parked, it would be lost."""
+    sandbox.exec_begins()
+    try:
+        yield
+    finally:
+        sandbox.exec_ends()
 
 
 @contextmanager
@@ -129,7 +180,7 @@ async def read_log(sandbox: Sandbox, *, follow: bool, tail_lines: int) -> Output
         sandbox.follow_ends()
 
 
-async def feed(process: ProcessLink, inputs: Inputs, *, stdin: bool) -> None:
+async def feed(process: Fed, inputs: Inputs, *, stdin: bool) -> None:
     """Carries a client's input to the process until either ends. A signal that is none is passed over."""
     async for message in inputs:
         kind = message.WhichOneof("input")

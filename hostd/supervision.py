@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import signal
-from collections.abc import Callable
 from typing import Any, Protocol
 
 from hostd.drivers.contract import Engine, Exit, Loss, ProcessLink
@@ -16,13 +15,14 @@ from hostd.errors import HostdError
 from hostd.journal import Outcome
 from hostd.lifecycle import Phase
 from hostd.logs import OutputLog
-from hostd.resize import RESIZE_DEADLINE_S, ResizeProgress, ResizeState, infeasible, judge
-from hostd.spec import DesiredState, MemoryShape, Resources, SandboxSpec
+from hostd.memory.values import MemoryEvent
+from hostd.resize import Grant
+from hostd.resizing import Resizing, follow_resize
+from hostd.spec import DesiredState, Resources
 from hostd.tasks import OwnedTasks
 
 KILLED_EXIT_CODE = 137
 KILL_GRACE_S = 2.0
-RESIZE_POLL_S, DEFERRED_POLL_S = 0.05, 1.0
 LOG_RETRY_S = 1.0
 LAST_OUTPUT_S = 30.0
 """How long the output of an ended process may take into the log: the disk may be slow, its window is 64 KiB."""
@@ -31,22 +31,22 @@ LAST_WORDS_S = 1.0
 """How long a broken engine may take to show what broke: its port closes a moment before its process is seen to end."""
 
 
-class Owner(Protocol):
+class Owner(Resizing, Protocol):
     """What supervision needs of its sandbox; hostd/sandbox.py is it."""
 
     log: OutputLog
 
-    @property
-    def spec(self) -> SandboxSpec: ...
     async def wanted(self) -> None: ...
     def now_ns(self) -> int: ...
     def stopping(self) -> None: ...
-    def tell_resize(self, progress: ResizeProgress) -> None: ...
+    def is_parked(self) -> bool: ...
+    def eviction(self) -> str: ...
+    def hear(self, event: MemoryEvent) -> None: ...
     def tell(self, reason: str, message: str) -> None: ...
 
 
-async def supervise(owner: Owner, engine: Engine, main: ProcessLink) -> Outcome:
-    """Returns how the sandbox ended. The engine is to be destroyed then."""
+async def supervise(owner: Owner, engine: Engine, main: ProcessLink) -> Outcome | None:
+    """Returns how the sandbox ended, or None when it was parked. The engine is to be destroyed then."""
     async with OwnedTasks() as tasks:
         return await _Supervision(owner, engine, main, tasks).run()
 
@@ -57,9 +57,10 @@ class _Supervision:
         self._stop: asyncio.Task[None] | None = None
         self._stop_for = DesiredState.RUNNING
         self._resize: asyncio.Task[None] | None = None
-        self._served: Resources | None = None
+        self._served: tuple[Resources, Grant] | None = None
 
-    async def run(self) -> Outcome:
+    async def run(self) -> Outcome | None:
+        self._tasks.spawn(self._listen(), "memory events")
         pump = self._tasks.spawn(self._pump(), "pump")
         ended = self._tasks.spawn(self._main.wait(), "main")
         gone = self._tasks.spawn(self._engine.wait_gone(), "engine")
@@ -72,6 +73,10 @@ class _Supervision:
             if self._stop is not None:
                 waiting.add(self._stop)
             await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+            if self._owner.is_parked():
+                return None
+            if self._owner.eviction():
+                return Outcome(Phase.FAILED, "Evicted", self._owner.eviction())
         return await self._conclude(ended, gone, pump)
 
     def _follow_desired(self) -> None:
@@ -84,12 +89,22 @@ class _Supervision:
             self._stop_for = spec.desired
             grace_s = spec.stop_grace_s if spec.desired is DesiredState.STOPPED else 0.0
             self._stop = self._tasks.spawn(stop(self._main, grace_s), "stop")
-        if spec.resources != self._served:
-            if self._resize is not None:
-                self._resize.cancel()
+        if (spec.resources, self._owner.grant) != self._served:
+            former = self._resize
             # Also right after a start or an adoption: targets may have changed meanwhile. Setting them is idempotent.
-            self._served = spec.resources
-            self._resize = self._tasks.spawn(follow_resize(self._owner, self._engine, spec.resources), "resize")
+            self._served = (spec.resources, self._owner.grant)
+            self._resize = self._tasks.spawn(self._follow(former), "resize")
+
+    async def _follow(self, former: asyncio.Task[None] | None) -> None:
+        """One resize at a time: the former lets go of the engine first."""
+        if former is not None:
+            former.cancel()
+            await asyncio.wait({former})
+        await follow_resize(self._owner, self._engine, begins=former is None)
+
+    async def _listen(self) -> None:
+        async for event in self._engine.memory_events():
+            self._owner.hear(event)
 
     async def _conclude(self, ended: asyncio.Task[Exit], gone: asyncio.Task[Loss], pump: asyncio.Task[None]) -> Outcome:
         """Works out how it ended, once all its output is in the log."""
@@ -136,49 +151,3 @@ async def stop(main: ProcessLink, grace_s: float) -> None:
             return
         except (TimeoutError, HostdError):
             continue
-
-
-async def follow_resize(owner: Owner, engine: Engine, wanted: Resources) -> None:
-    """Sets the targets and reports progress until the guest has followed. Runs until cancelled while it does not."""
-    handle = engine.handle
-    shape = MemoryShape(handle.base_mib, handle.elastic_mib)
-    problem = infeasible(shape.ceiling_mib, handle.ceiling_vcpus, wanted)
-    if problem:
-        now_mib = await _actual_mib(engine)
-        owner.tell_resize(
-            ResizeProgress(ResizeState.INFEASIBLE, wanted.memory_mib, now_mib, now_mib, wanted.cpu_milli, problem)
-        )
-        return
-    try:
-        await engine.resize(wanted)
-    except HostdError as error:
-        now_mib = await _actual_mib(engine)
-        owner.tell_resize(
-            ResizeProgress(ResizeState.ERROR, wanted.memory_mib, now_mib, now_mib, wanted.cpu_milli, str(error))
-        )
-        return
-    await _poll_resize(owner, engine, wanted, shape, asyncio.get_running_loop().time)
-
-
-async def _poll_resize(
-    owner: Owner, engine: Engine, wanted: Resources, shape: MemoryShape, clock: Callable[[], float]
-) -> None:
-    begin_s = clock()
-    while True:
-        try:
-            actual_mib = (await engine.memory()).actual_mib
-        except HostdError:
-            actual_mib = 0  # busy or ending; its owner sees the latter elsewhere
-        progress = judge(wanted, shape, actual_mib, clock() - begin_s, RESIZE_DEADLINE_S)
-        if actual_mib:
-            owner.tell_resize(progress)
-        if progress.state is ResizeState.DONE:
-            return
-        await asyncio.sleep(DEFERRED_POLL_S if progress.state is ResizeState.DEFERRED else RESIZE_POLL_S)
-
-
-async def _actual_mib(engine: Engine) -> int:
-    try:
-        return (await engine.memory()).actual_mib
-    except HostdError:
-        return 0

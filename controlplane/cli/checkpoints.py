@@ -21,7 +21,7 @@ Checkpoint = checkpoints_pb2.Checkpoint
 TAKE_S = 600.0  # a large guest's memory goes to its host's disk
 BEGIN_S = 300.0  # how long a sandbox that goes on may take to run
 MOST_FORKS = 100
-BEGUN = (sandboxes_pb2.RUNNING, sandboxes_pb2.STOPPING)
+BEGUN = (sandboxes_pb2.RUNNING, sandboxes_pb2.STOPPING, sandboxes_pb2.PARKED)
 TAKING = {
     Condition.NOT_FOUND: "`sandloom ps` lists running sandboxes",
     Condition.PRECONDITION: "`sandloom inspect` shows its state",

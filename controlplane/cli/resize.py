@@ -43,7 +43,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--memory", metavar="SIZE", help="what it should have now: 768M, 1G")
     parser.add_argument("--min", metavar="SIZE", help="its guaranteed minimum")
     parser.add_argument("--cpus", metavar="N", help="CPUs: 0.5, 2")
-    parser.add_argument("--wait", action="store_true", help="return when it is so; exit status 1 when it is not")
+    parser.add_argument(
+        "--wait", action="store_true", help="return when it is so; exit status 1 when it is not, or never can be"
+    )
     parser.add_argument("--timeout", default=f"{WAIT_S:.0f}", metavar="S", help="how long --wait waits; 60 s")
     add_output(parser)
 
@@ -65,7 +67,8 @@ def is_current(sandbox: Sandbox) -> bool:
     """Whether the host's report is about what is desired now, and not about an earlier resize."""
     wanted, seen = sandbox.spec.resources, sandbox.status.resize
     memory_mib = wanted.memory_mib or wanted.memory_min_mib
-    return seen.desired_memory_mib == memory_mib and (not wanted.cpu_milli or seen.cpu_milli == wanted.cpu_milli)
+    cpu_milli = seen.desired_cpu_milli or seen.cpu_milli
+    return seen.desired_memory_mib == memory_mib and (not wanted.cpu_milli or cpu_milli == wanted.cpu_milli)
 
 
 def is_reached(sandbox: Sandbox) -> bool:
@@ -102,6 +105,8 @@ COLUMNS: tuple[Column[Sandbox], ...] = (
     Column("ALLOCATED", _size("allocated_memory_mib"), right=True),
     Column("ACTUAL", _size("actual_memory_mib"), right=True),
     Column("CPUS", lambda row: sizes.format_cpus(row.spec.resources.cpu_milli), right=True),
+    Column("SHORT", _size("shortfall_mib"), wide=True, right=True),
+    Column("CAUSE", lambda row: row.status.resize.cause if is_current(row) else "", wide=True),
     Column("MESSAGE", lambda row: row.status.resize.message if is_current(row) else ""),
 )
 
@@ -142,7 +147,8 @@ COMMAND = Command(
     words=("resize",),
     summary="give a running sandbox more or less memory and CPU",
     description="Sets what a running sandbox should have, up to the ceiling it was started with, and shows how far its"
-    " host got: desired is what was asked for, allocated what the host granted, actual what the guest has.",
+    " host got: desired is what was asked for, allocated what the host granted, actual what the guest has. What is"
+    " deferred is tried again by the host itself, so --wait goes on waiting for it; a parked sandbox is unparked.",
     configure=configure,
     parse=parse,
     act=act,

@@ -41,7 +41,7 @@ NUDGE_S = 2.0  # after that much of it the removal is asked for outright
 TELL_S = 0.5
 START_S = 300.0  # how long `run -d` waits for the program to run
 COULD_NOT_RUN = (126, 127)
-BEGUN = (sandboxes_pb2.RUNNING, sandboxes_pb2.STOPPING)
+BEGUN = (sandboxes_pb2.RUNNING, sandboxes_pb2.STOPPING, sandboxes_pb2.PARKED)
 
 
 @dataclass(frozen=True)
@@ -60,6 +60,8 @@ class RunOptions:
     remove: bool = False
     cold: bool = False
     network: sandboxes_pb2.Network = field(default_factory=sandboxes_pb2.Network)
+    priority: int = 0
+    weight: int = 100
     request_id: str = ""
     affinity: tuple[str, ...] = ()
     tolerations: tuple[str, ...] = ()
@@ -85,6 +87,13 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "--restart", choices=tuple(RESTARTS), default="",
         help="whether it begins anew elsewhere when its host is lost or drained; with -d on-host-loss, else never",
     )  # fmt: skip
+    parser.add_argument(
+        "--priority",
+        metavar="N",
+        default="0",
+        help="-1000..1000; the lower lose memory first when it is short",
+    )
+    parser.add_argument("--weight", metavar="N", default="100", help="1..10000; its share of spare memory among equals")
     parser.add_argument("--request-id", default="", metavar="ID", help="the same ID again gives the same sandbox")
     where = parser.add_argument_group("where it may go")
     where.add_argument(
@@ -134,6 +143,8 @@ def parse(namespace: argparse.Namespace) -> RunOptions:
         remove=namespace.remove,
         cold=namespace.cold,
         network=network.parse(namespace),
+        priority=sizes.parse_whole(namespace.priority, "--priority", -1000, 1000),
+        weight=sizes.parse_whole(namespace.weight, "--weight", 1, 10_000),
         request_id=namespace.request_id,
         affinity=tuple(namespace.affinity),
         tolerations=tuple(namespace.tolerate),
@@ -165,6 +176,8 @@ def spec_of(options: RunOptions, size: tuple[int, int] | None) -> sandboxes_pb2.
         remove_on_exit=options.remove,
         cold=options.cold,
         network=options.network,
+        priority=options.priority,
+        weight=options.weight,
         labels=options.labels,
         hostname=options.hostname,
         restart=restart_of(options),

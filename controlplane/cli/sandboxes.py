@@ -60,6 +60,20 @@ def memory_text(sandbox: Sandbox) -> str:
     return f"{sizes.format_mib(now_mib)}/{sizes.format_mib(resources.memory_max_mib)}"
 
 
+def _mib(size_mib: int) -> str:
+    return sizes.format_mib(size_mib) if size_mib else ""
+
+
+def resize_text(sandbox: Sandbox) -> str:
+    """`done`, `deferred (host-room)`, `infeasible (max)`; with a mark for a guest that does not give memory back."""
+    resize = sandbox.status.resize
+    if not resize.state:
+        return ""
+    state = sandboxes_pb2.ResizeState.Name(resize.state).lower().removeprefix("resize_").replace("_", "-")
+    text = f"{state} ({resize.cause})" if resize.cause else state
+    return f"{text}, uncooperative" if sandbox.status.uncooperative else text
+
+
 def _age(stamp: object, now_s: float) -> str:
     return sizes.format_age(now_s - stamp.ToNanoseconds() / 1e9)  # type: ignore[attr-defined]
 
@@ -78,10 +92,14 @@ def columns(now_s: float) -> tuple[Column[Sandbox], ...]:
         Column("IMAGE", lambda row: row.spec.image),
         Column("STATUS", lambda row: status_text(row, now_s), colour=lambda r: PHASE_COLOURS.get(r.status.phase, "")),
         Column("MEMORY", memory_text, right=True),
+        Column("ALLOCATED", lambda row: _mib(row.status.resize.allocated_memory_mib), wide=True, right=True),
+        Column("ACTUAL", lambda row: _mib(row.status.resize.actual_memory_mib), wide=True, right=True),
+        Column("RESIZE", resize_text, wide=True),
         Column("CPUS", lambda row: sizes.format_cpus(row.spec.resources.cpu_milli), right=True),
         Column("HOST", lambda row: row.assignment.host),
         Column("AGE", lambda row: _age(row.created_at, now_s), right=True),
         Column("CLASS", class_text, wide=True),
+        Column("PRIORITY", lambda row: str(row.spec.priority), wide=True, right=True),
         Column("ACCEL", lambda row: row.status.accel, wide=True),
         Column("PID", lambda row: str(row.status.host_pid or ""), wide=True, right=True),
         Column("LABELS", lambda row: ",".join(f"{k}={v}" for k, v in sorted(row.spec.labels.items())), wide=True),

@@ -80,6 +80,13 @@ def parse_cpu_milli(text: str) -> int:
     return cpu_milli
 
 
+def parse_whole(text: str, flag: str, least: int, most: int) -> int:
+    """A whole number within bounds. UsageError names `flag`."""
+    if not re.fullmatch(r"-?[0-9]{1,9}", text, re.ASCII) or not least <= int(text) <= most:
+        raise UsageError(f"{flag} takes a whole number", repr(text), f"give {least} to {most}")
+    return int(text)
+
+
 def parse_pairs(texts: Sequence[str], flag: str) -> dict[str, str]:
     """`KEY=VALUE` texts as a dict; a later one wins. UsageError names `flag` and the text."""
     pairs: dict[str, str] = {}

@@ -16,6 +16,7 @@ PHASES = {
     Phase.STOPPING: sandboxes_pb2.STOPPING,
     Phase.EXITED: sandboxes_pb2.EXITED,
     Phase.FAILED: sandboxes_pb2.FAILED,
+    Phase.PARKED: sandboxes_pb2.PARKED,
 }
 DESIRED = {
     DesiredState.RUNNING: sandboxes_pb2.DESIRED_RUNNING,

@@ -59,6 +59,7 @@ def parse_host(message: hosts_pb2.Host, now_s: float) -> Host:
         labels=parse_labels("host.labels", message.labels),
         taints=parse_taints("host.taints", message.taints),
         smt=message.smt,
+        admission_closed=message.admission_closed[:512],
     )  # fmt: skip
 
 
@@ -111,6 +112,7 @@ def render_host(host: Host, member: Member, *, alive: bool, blockers: Iterable[B
         labels=dict(host.labels),
         taints=[text_of(taint) for taint in host.taints],
         smt=host.smt,
+        admission_closed=host.admission_closed,
     )
 
 

@@ -49,6 +49,7 @@ DEFAULT_CPU_MILLI = 1000
 MAX_WORDS, MAX_WORDS_BYTES = 1024, 128 << 10
 """Of a command, and of an environment: Linux gives 128 KiB to one string (MAX_ARG_STRLEN) and 2 MiB to all."""
 MAX_LABELS = 64
+MAX_PRIORITY, MAX_WEIGHT, DEFAULT_WEIGHT = 1000, 10_000, 100
 MAX_STATUS_CHARS = 4096
 DEFAULT_GRACE_S, MAX_GRACE_S = 10, 86_400
 REQUEST_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:-]{0,127}")
@@ -88,6 +89,8 @@ def parse_spec(spec: sandboxes_pb2.SandboxSpec, services: ServicePolicy = ALL_KE
         services=parse_services(spec.services, sandbox_class, services),
         remove_on_exit=spec.remove_on_exit,
         cold=spec.cold,
+        priority=_priority(spec.priority),
+        weight=_weight(spec.weight),
         labels=_words("spec.labels", spec.labels),
         hostname=spec.hostname,
         restart=parse_restart(spec.restart, "spec.restart"),
@@ -106,6 +109,18 @@ def parse_services(
     except PolicyError as error:
         raise Invalid("spec.services", str(error), reason="ServicePolicyInvalid") from error
     return policy
+
+
+def _priority(asked: int) -> int:
+    if abs(asked) > MAX_PRIORITY:
+        raise Invalid("spec.priority", f"{asked} is outside {-MAX_PRIORITY}..{MAX_PRIORITY}")
+    return asked
+
+
+def _weight(asked: int) -> int:
+    if asked > MAX_WEIGHT:
+        raise Invalid("spec.weight", f"{asked} is above {MAX_WEIGHT}")
+    return asked or DEFAULT_WEIGHT
 
 
 def parse_resources(asked: sandboxes_pb2.Resources) -> Resources:
@@ -188,6 +203,11 @@ def parse_report(request: hosts_pb2.ReportSandboxRequest) -> Report:
             status.resize.actual_memory_mib,
             status.resize.cpu_milli,
             status.resize.message[:MAX_STATUS_CHARS],
+            status.resize.desired_cpu_milli,
+            status.resize.shortfall_mib,
+            status.resize.cause[:64],
+            seconds_of(status.resize.deadline) if status.resize.HasField("deadline") else None,
+            status.resize.attempts,
         )
     observed = SandboxStatus(
         phase=parse_phase(status.phase, "status.phase"),
@@ -206,6 +226,7 @@ def parse_report(request: hosts_pb2.ReportSandboxRequest) -> Report:
         host_pid=status.host_pid,
         observed_epoch=request.epoch,
         restarts_of_host=status.restarts_of_host,
+        uncooperative=status.uncooperative,
     )
     return Report(request.uid, request.host, request.epoch, observed, request.removed)
 
@@ -265,6 +286,8 @@ def render_spec(spec: SandboxSpec) -> sandboxes_pb2.SandboxSpec:
         process=render_process(spec.process),
         remove_on_exit=spec.remove_on_exit,
         cold=spec.cold,
+        priority=spec.priority,
+        weight=spec.weight,
         labels=dict(spec.labels),
         hostname=spec.hostname,
         checkpoint=spec.checkpoint,
@@ -296,6 +319,7 @@ def render_status(status: SandboxStatus) -> sandboxes_pb2.SandboxStatus:
         host_pid=status.host_pid,
         observed_epoch=status.observed_epoch,
         restarts_of_host=status.restarts_of_host,
+        uncooperative=status.uncooperative,
     )
     if status.started_at_s is not None:
         message.started_at.CopyFrom(timestamp(status.started_at_s))
@@ -308,11 +332,18 @@ def render_status(status: SandboxStatus) -> sandboxes_pb2.SandboxStatus:
 
 def render_resize(resize: Resize) -> sandboxes_pb2.ResizeStatus:
     """The contract's sizes."""
-    return sandboxes_pb2.ResizeStatus(
+    message = sandboxes_pb2.ResizeStatus(
         state=RESIZES[resize.state],
         desired_memory_mib=resize.desired_memory_mib,
         allocated_memory_mib=resize.allocated_memory_mib,
         actual_memory_mib=resize.actual_memory_mib,
         cpu_milli=resize.cpu_milli,
         message=resize.message,
+        desired_cpu_milli=resize.desired_cpu_milli,
+        shortfall_mib=resize.shortfall_mib,
+        cause=resize.cause,
+        attempts=resize.attempts,
     )
+    if resize.deadline_s is not None:
+        message.deadline.CopyFrom(timestamp(resize.deadline_s))
+    return message

@@ -113,9 +113,15 @@ class _Checkpointing:
             raise lacking("checkpoints", asked, tuple(self._able))
         return self._able[asked]
 
-    async def checkpoint(self, engine: Engine, offsets: Callable[[], dict[int, int]]) -> TakenCheckpoint:
+    async def checkpoint(
+        self, engine: Engine, offsets: Callable[[], dict[int, int]], *, go_on: bool = True
+    ) -> TakenCheckpoint:
         """See Checkpointing.checkpoint."""
-        return await self._of(class_of(engine.handle.accel)).checkpoint(engine, offsets)
+        return await self._of(class_of(engine.handle.accel)).checkpoint(engine, offsets, go_on=go_on)
+
+    async def go_on(self, engine: Engine) -> None:
+        """See Checkpointing.go_on."""
+        await self._of(class_of(engine.handle.accel)).go_on(engine)
 
     def recognises(self, path: Path) -> bool:
         """See Checkpointing.recognises."""

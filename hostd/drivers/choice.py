@@ -51,6 +51,7 @@ class Chosen:
     cgroup_version: str = ""
     elastic_memory: str = ""  # what it stands on
     classes: tuple[SandboxClass, ...] = (SandboxClass.GUEST_KERNEL,)
+    cgroups: Hierarchy | None = None
 
 
 FAKE_NOTE = "the fake driver runs nothing: sandboxes exist in memory only"
@@ -69,6 +70,7 @@ async def _qemu(config: Config, store: Store, tell: Tell, stack: AsyncExitStack)
     cgroups = Hierarchy.probe(name=config.cgroup)
     await asyncio.to_thread(cgroups.prepare)
     stack.callback(cgroups.retire)
+    await asyncio.to_thread(cgroups.limit_total, config.memory_budget_mib << 20)
     kernel = await asyncio.to_thread(guestkernel.prepare, store, config.state_dir, config.cache_dir)
     verdict, (oci_drivers, missing) = await asyncio.gather(
         decide(config.accel, _probe_shape(kernel), kernel.version, config.cache_dir), _oci(config, cgroups)
@@ -98,6 +100,7 @@ async def _qemu(config: Config, store: Store, tell: Tell, stack: AsyncExitStack)
         qemu_version=version,
         cgroup_version=f"v{cgroups.version}",
         elastic_memory=str(backing),
+        cgroups=cgroups,
     )
 
 

@@ -235,10 +235,16 @@ class Checkpointing(Protocol):
         """Whether the checkpoint in file `path` is of this driver's form. OSError. Blocks."""
         ...
 
-    async def checkpoint(self, engine: Engine, offsets: Callable[[], dict[int, int]]) -> TakenCheckpoint:
-        """Copies a running engine, which goes on. CheckpointFailed (a user-space kernel that could not save itself has
-        ended, and the message says so); NotRunning or CannotCheckpoint when it is in no state for it. `offsets` is
-        asked while it stands still."""
+    async def checkpoint(
+        self, engine: Engine, offsets: Callable[[], dict[int, int]], *, go_on: bool = True
+    ) -> TakenCheckpoint:
+        """Copies a running engine, which goes on; without `go_on` it stands still once there is a copy.
+        CheckpointFailed (a user-space kernel that could not save itself has ended, and the message says so); NotRunning
+        or CannotCheckpoint when it is in no state for it. `offsets` is asked while it stands still."""
+        ...
+
+    async def go_on(self, engine: Engine) -> None:
+        """Lets an engine go on that stands still. Idempotent. ControlLost, AgentLost."""
         ...
 
     def read_about(self, path: Path) -> bytes:

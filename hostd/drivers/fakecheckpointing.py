@@ -75,7 +75,12 @@ class FakeCheckpointing:
         self.open_now.add(id(memory))
         return memory
 
-    async def checkpoint(self, engine: Engine, offsets: Callable[[], dict[int, int]]) -> TakenCheckpoint:
+    async def go_on(self, engine: Engine) -> None:
+        """See Checkpointing.go_on. Its programs never stand still."""
+
+    async def checkpoint(
+        self, engine: Engine, offsets: Callable[[], dict[int, int]], *, go_on: bool = True
+    ) -> TakenCheckpoint:
         """See Checkpointing.checkpoint."""
         if self._machines.faults.checkpoint is not None:
             raise self._machines.faults.checkpoint

@@ -134,6 +134,14 @@ class FakeHost(hosts_pb2_grpc.HostRuntimeServicer):
         async for output in self.exec(request_iterator, context):
             yield output
 
+    async def Park(self, request: sandboxes_pb2.ParkSandboxRequest, context: Any) -> hosts_pb2.ParkResponse:
+        await self.tell(request.name, sandboxes_pb2.PARKED, reason="Parked")
+        return hosts_pb2.ParkResponse()
+
+    async def Unpark(self, request: sandboxes_pb2.UnparkSandboxRequest, context: Any) -> hosts_pb2.UnparkResponse:
+        await self.tell(request.name, sandboxes_pb2.RUNNING)
+        return hosts_pb2.UnparkResponse()
+
     async def Logs(self, request: sandboxes_pb2.GetLogsRequest, context: Any) -> Outputs:
         self.logs_asked.append(request)
         yield sandboxes_pb2.StreamOutput(stdout=b"line\n")

@@ -34,5 +34,5 @@ def test_every_phase_can_be_left_for_good_and_no_end_is_left_for_life() -> None:
         assert reachable(phase) <= {Phase.GONE}
 
 
-def test_running_is_only_reached_by_starting() -> None:
-    assert [now for now in Phase if Phase.RUNNING in TRANSITIONS[now]] == [Phase.STARTING]
+def test_running_is_only_reached_by_starting_or_unparking() -> None:
+    assert [now for now in Phase if Phase.RUNNING in TRANSITIONS[now]] == [Phase.STARTING, Phase.PARKED]

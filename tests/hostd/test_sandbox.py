@@ -426,8 +426,8 @@ async def test_resize_goes_through_its_states(host: Host) -> None:
 async def test_a_guest_that_does_not_follow_is_deferred_and_may_yet(
     host: Host, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("hostd.supervision.RESIZE_DEADLINE_S", 0.05)
-    monkeypatch.setattr("hostd.supervision.DEFERRED_POLL_S", 0.01)
+    monkeypatch.setattr("hostd.resize.RESIZE_DEADLINE_S", 0.05)
+    monkeypatch.setattr("hostd.resizing.DEFERRED_PAUSE_S", 0.01)
     sandbox = host.assign()
     await reach(sandbox, Phase.RUNNING)
     host.fake.faults.most_mib = 400

@@ -10,8 +10,7 @@ from hypothesis import strategies as st
 
 from hostd.admission import GUEST_OVERHEAD_MIB, HostNow, admit, reserved_mib
 from hostd.errors import InvalidSpec, ShortOfResources
-from hostd.resize import ResizeState, infeasible, judge
-from hostd.spec import BLOCK_MIB, MEMORY_BLOCK_MIB, MemoryShape, ProcessSpec, Resources, SandboxSpec, memory_shape
+from hostd.spec import BLOCK_MIB, MEMORY_BLOCK_MIB, ProcessSpec, Resources, SandboxSpec, memory_shape
 
 SIZES = st.integers(1, 1 << 20)
 
@@ -102,33 +101,3 @@ def test_a_full_disk_admits_nothing() -> None:
     with pytest.raises(ShortOfResources, match="511 MiB free") as short:
         admit(replace(ROOMY, disk_free_mib=511), [], Resources(256, 512, 256, 1000))
     assert short.value.reason == "ShortOfDisk"
-
-
-# Resize.
-
-
-@given(resources(), st.integers(0, 1 << 21), st.floats(0, 100))
-def test_a_judgement_names_three_sizes_and_is_done_only_when_it_is(
-    wanted: Resources, actual_mib: int, waited_s: float
-) -> None:
-    shape = MemoryShape(128, 1 << 20)
-    progress = judge(wanted, shape, actual_mib, waited_s, 30.0)
-    assert (progress.desired_mib, progress.actual_mib) == (wanted.memory_mib, actual_mib)
-    there = abs(progress.allocated_mib - actual_mib) < BLOCK_MIB
-    states = {True: ResizeState.DONE, False: ResizeState.IN_PROGRESS if waited_s < 30 else ResizeState.DEFERRED}
-    assert progress.state is states[there]
-    assert bool(progress.message) == (progress.state is ResizeState.DEFERRED)
-
-
-def test_a_deferred_resize_says_which_way_and_how_much() -> None:
-    shape = MemoryShape(128, 1024)
-    assert "took only part of it: 256 MiB" in judge(Resources(128, 1152, 640, 1000), shape, 384, 31).message
-    assert "gave back only part of it: 100 MiB" in judge(Resources(128, 1152, 640, 1000), shape, 740, 31).message
-
-
-@pytest.mark.parametrize(
-    ("memory_mib", "cpu_milli", "why"), [(1024, 2000, ""), (1026, 2000, "ceiling of 1024"), (512, 2001, "2 vCPUs")]
-)
-def test_infeasible_is_what_can_never_be(memory_mib: int, cpu_milli: int, why: str) -> None:
-    problem = infeasible(1024, 2, Resources(128, 4096, memory_mib, cpu_milli))
-    assert (why in problem) if why else problem == ""

@@ -163,6 +163,7 @@ class Host(_message.Message):
     CLASSES_FIELD_NUMBER: _builtins.int
     RESOURCE_VERSION_FIELD_NUMBER: _builtins.int
     POOLS_FIELD_NUMBER: _builtins.int
+    ADMISSION_CLOSED_FIELD_NUMBER: _builtins.int
     KERNEL_FEATURES_FIELD_NUMBER: _builtins.int
     ELASTIC_MEMORY_FIELD_NUMBER: _builtins.int
     RESIDENT_FIELD_NUMBER: _builtins.int
@@ -186,6 +187,8 @@ class Host(_message.Message):
     """where HostRuntime is served"""
     sandboxes: _builtins.int
     resource_version: _builtins.int
+    admission_closed: _builtins.str
+    """why it takes no new sandboxes now; empty when it does"""
     elastic_memory: _builtins.str
     """what guests' elastic memory stands on: huge pages or 4 KiB ones, and why"""
     smt: _builtins.bool
@@ -243,6 +246,7 @@ class Host(_message.Message):
         classes: _abc.Iterable[_sandboxes_pb2.SandboxClass.ValueType] | None = ...,
         resource_version: _builtins.int = ...,
         pools: _abc.Iterable[_pools_pb2.PoolReport] | None = ...,
+        admission_closed: _builtins.str = ...,
         kernel_features: _abc.Iterable[_builtins.str] | None = ...,
         elastic_memory: _builtins.str = ...,
         resident: _abc.Iterable[Global___ResidentObjects] | None = ...,
@@ -253,7 +257,7 @@ class Host(_message.Message):
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["capacity", b"capacity", "last_seen", b"last_seen"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["accel", b"accel", "blockers", b"blockers", "capacity", b"capacity", "cgroup_version", b"cgroup_version", "classes", b"classes", "elastic_memory", b"elastic_memory", "guest_kernel_version", b"guest_kernel_version", "image_digests", b"image_digests", "isolation_note", b"isolation_note", "kernel_features", b"kernel_features", "kernel_version", b"kernel_version", "labels", b"labels", "last_seen", b"last_seen", "name", b"name", "pools", b"pools", "qemu_version", b"qemu_version", "resident", b"resident", "resource_version", b"resource_version", "runtime_address", b"runtime_address", "sandboxes", b"sandboxes", "smt", b"smt", "state", b"state", "taints", b"taints"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["accel", b"accel", "admission_closed", b"admission_closed", "blockers", b"blockers", "capacity", b"capacity", "cgroup_version", b"cgroup_version", "classes", b"classes", "elastic_memory", b"elastic_memory", "guest_kernel_version", b"guest_kernel_version", "image_digests", b"image_digests", "isolation_note", b"isolation_note", "kernel_features", b"kernel_features", "kernel_version", b"kernel_version", "labels", b"labels", "last_seen", b"last_seen", "name", b"name", "pools", b"pools", "qemu_version", b"qemu_version", "resident", b"resident", "resource_version", b"resource_version", "runtime_address", b"runtime_address", "sandboxes", b"sandboxes", "smt", b"smt", "state", b"state", "taints", b"taints"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -953,6 +957,36 @@ class ReportSandboxResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___ReportSandboxResponse: _TypeAlias = ReportSandboxResponse  # noqa: Y015
+
+@_typing.final
+class ParkResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ParkResponse: _TypeAlias = ParkResponse  # noqa: Y015
+
+@_typing.final
+class UnparkResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___UnparkResponse: _TypeAlias = UnparkResponse  # noqa: Y015
 
 @_typing.final
 class RecordEventRequest(_message.Message):

@@ -838,6 +838,16 @@ class HostRuntimeStub:
                 request_serializer=controlplane_dot_api_dot_v1_dot_hosts__pb2.ForgetImageRequest.SerializeToString,
                 response_deserializer=controlplane_dot_api_dot_v1_dot_hosts__pb2.ForgetImageResponse.FromString,
                 _registered_method=True)
+        self.Park = channel.unary_unary(
+                '/sandloom.v1.HostRuntime/Park',
+                request_serializer=controlplane_dot_api_dot_v1_dot_sandboxes__pb2.ParkSandboxRequest.SerializeToString,
+                response_deserializer=controlplane_dot_api_dot_v1_dot_hosts__pb2.ParkResponse.FromString,
+                _registered_method=True)
+        self.Unpark = channel.unary_unary(
+                '/sandloom.v1.HostRuntime/Unpark',
+                request_serializer=controlplane_dot_api_dot_v1_dot_sandboxes__pb2.UnparkSandboxRequest.SerializeToString,
+                response_deserializer=controlplane_dot_api_dot_v1_dot_hosts__pb2.UnparkResponse.FromString,
+                _registered_method=True)
         self.Ledger = channel.unary_unary(
                 '/sandloom.v1.HostRuntime/Ledger',
                 request_serializer=controlplane_dot_api_dot_v1_dot_sandboxes__pb2.GetSharingLedgerRequest.SerializeToString,
@@ -898,6 +908,20 @@ class HostRuntimeServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Park(self, request, context):
+        """As Sandboxes.ParkSandbox, for a sandbox on this host; name is the uid. Returns when it is parked.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Unpark(self, request, context):
+        """As Sandboxes.UnparkSandbox. Returns when it runs.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Ledger(self, request, context):
         """Read only. This host's part of the ledger.
         """
@@ -942,6 +966,16 @@ def add_HostRuntimeServicer_to_server(servicer, server):
                     servicer.ForgetImage,
                     request_deserializer=controlplane_dot_api_dot_v1_dot_hosts__pb2.ForgetImageRequest.FromString,
                     response_serializer=controlplane_dot_api_dot_v1_dot_hosts__pb2.ForgetImageResponse.SerializeToString,
+            ),
+            'Park': grpc.unary_unary_rpc_method_handler(
+                    servicer.Park,
+                    request_deserializer=controlplane_dot_api_dot_v1_dot_sandboxes__pb2.ParkSandboxRequest.FromString,
+                    response_serializer=controlplane_dot_api_dot_v1_dot_hosts__pb2.ParkResponse.SerializeToString,
+            ),
+            'Unpark': grpc.unary_unary_rpc_method_handler(
+                    servicer.Unpark,
+                    request_deserializer=controlplane_dot_api_dot_v1_dot_sandboxes__pb2.UnparkSandboxRequest.FromString,
+                    response_serializer=controlplane_dot_api_dot_v1_dot_hosts__pb2.UnparkResponse.SerializeToString,
             ),
             'Ledger': grpc.unary_unary_rpc_method_handler(
                     servicer.Ledger,
@@ -1138,6 +1172,60 @@ class HostRuntime:
             '/sandloom.v1.HostRuntime/ForgetImage',
             controlplane_dot_api_dot_v1_dot_hosts__pb2.ForgetImageRequest.SerializeToString,
             controlplane_dot_api_dot_v1_dot_hosts__pb2.ForgetImageResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Park(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/sandloom.v1.HostRuntime/Park',
+            controlplane_dot_api_dot_v1_dot_sandboxes__pb2.ParkSandboxRequest.SerializeToString,
+            controlplane_dot_api_dot_v1_dot_hosts__pb2.ParkResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Unpark(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/sandloom.v1.HostRuntime/Unpark',
+            controlplane_dot_api_dot_v1_dot_sandboxes__pb2.UnparkSandboxRequest.SerializeToString,
+            controlplane_dot_api_dot_v1_dot_hosts__pb2.UnparkResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -354,6 +354,10 @@ class HostRuntimeStub:
     """
     ForgetImage: _grpc.UnaryUnaryMultiCallable[_hosts_pb2.ForgetImageRequest, _hosts_pb2.ForgetImageResponse]
     """Drops the host's pin on an image; its layers go when nothing else uses them. Idempotent."""
+    Park: _grpc.UnaryUnaryMultiCallable[_sandboxes_pb2.ParkSandboxRequest, _hosts_pb2.ParkResponse]
+    """As Sandboxes.ParkSandbox, for a sandbox on this host; name is the uid. Returns when it is parked."""
+    Unpark: _grpc.UnaryUnaryMultiCallable[_sandboxes_pb2.UnparkSandboxRequest, _hosts_pb2.UnparkResponse]
+    """As Sandboxes.UnparkSandbox. Returns when it runs."""
     Ledger: _grpc.UnaryUnaryMultiCallable[_sandboxes_pb2.GetSharingLedgerRequest, _sandboxes_pb2.SharingLedger]
     """Read only. This host's part of the ledger."""
 
@@ -376,6 +380,10 @@ class HostRuntimeAsyncStub(HostRuntimeStub):
     """
     ForgetImage: _aio.UnaryUnaryMultiCallable[_hosts_pb2.ForgetImageRequest, _hosts_pb2.ForgetImageResponse]  # type: ignore[assignment]
     """Drops the host's pin on an image; its layers go when nothing else uses them. Idempotent."""
+    Park: _aio.UnaryUnaryMultiCallable[_sandboxes_pb2.ParkSandboxRequest, _hosts_pb2.ParkResponse]  # type: ignore[assignment]
+    """As Sandboxes.ParkSandbox, for a sandbox on this host; name is the uid. Returns when it is parked."""
+    Unpark: _aio.UnaryUnaryMultiCallable[_sandboxes_pb2.UnparkSandboxRequest, _hosts_pb2.UnparkResponse]  # type: ignore[assignment]
+    """As Sandboxes.UnparkSandbox. Returns when it runs."""
     Ledger: _aio.UnaryUnaryMultiCallable[_sandboxes_pb2.GetSharingLedgerRequest, _sandboxes_pb2.SharingLedger]  # type: ignore[assignment]
     """Read only. This host's part of the ledger."""
 
@@ -437,6 +445,22 @@ class HostRuntimeServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_hosts_pb2.ForgetImageResponse, _abc.Awaitable[_hosts_pb2.ForgetImageResponse]]:
         """Drops the host's pin on an image; its layers go when nothing else uses them. Idempotent."""
+
+    @_abc_1.abstractmethod
+    def Park(
+        self,
+        request: _sandboxes_pb2.ParkSandboxRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_hosts_pb2.ParkResponse, _abc.Awaitable[_hosts_pb2.ParkResponse]]:
+        """As Sandboxes.ParkSandbox, for a sandbox on this host; name is the uid. Returns when it is parked."""
+
+    @_abc_1.abstractmethod
+    def Unpark(
+        self,
+        request: _sandboxes_pb2.UnparkSandboxRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_hosts_pb2.UnparkResponse, _abc.Awaitable[_hosts_pb2.UnparkResponse]]:
+        """As Sandboxes.UnparkSandbox. Returns when it runs."""
 
     @_abc_1.abstractmethod
     def Ledger(

@@ -47,6 +47,8 @@ class _PhaseEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Phase.ValueType
     """the main process ended; exit_code says how"""
     FAILED: _Phase.ValueType  # 7
     """never ran or lost its host, kernel or agent; reason and message say why"""
+    PARKED: _Phase.ValueType  # 8
+    """written to the host's disk; reason and message say why, the next exec, attach or resize unparks it"""
 
 class Phase(_Phase, metaclass=_PhaseEnumTypeWrapper): ...
 
@@ -65,6 +67,8 @@ EXITED: Phase.ValueType  # 6
 """the main process ended; exit_code says how"""
 FAILED: Phase.ValueType  # 7
 """never ran or lost its host, kernel or agent; reason and message say why"""
+PARKED: Phase.ValueType  # 8
+"""written to the host's disk; reason and message say why, the next exec, attach or resize unparks it"""
 Global___Phase: _TypeAlias = Phase  # noqa: Y015
 
 class _DesiredState:
@@ -385,6 +389,8 @@ class SandboxSpec(_message.Message):
     RULES_FIELD_NUMBER: _builtins.int
     NETWORK_FIELD_NUMBER: _builtins.int
     SERVICES_FIELD_NUMBER: _builtins.int
+    PRIORITY_FIELD_NUMBER: _builtins.int
+    WEIGHT_FIELD_NUMBER: _builtins.int
     image: _builtins.str
     """name as given; the server resolves image_digest"""
     image_digest: _builtins.str
@@ -397,6 +403,10 @@ class SandboxSpec(_message.Message):
     restart: Global___RestartPolicy.ValueType
     checkpoint: _builtins.str
     """output only: the id of the checkpoint that it goes on from"""
+    priority: _builtins.int
+    """-1000..1000; when its host is short the lower ones lose what is above their minimum first"""
+    weight: _builtins.int
+    """1..10000, 0 means 100: its share, among equals, of what nobody is guaranteed"""
     @_builtins.property
     def resources(self) -> Global___Resources: ...
     @_builtins.property
@@ -429,10 +439,12 @@ class SandboxSpec(_message.Message):
         rules: Global___PlacementRules | None = ...,
         network: Global___Network | None = ...,
         services: Global___ServicePolicy | None = ...,
+        priority: _builtins.int = ...,
+        weight: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["network", b"network", "process", b"process", "resources", b"resources", "rules", b"rules", "services", b"services"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["checkpoint", b"checkpoint", "class", b"class", "cold", b"cold", "hostname", b"hostname", "image", b"image", "image_digest", b"image_digest", "labels", b"labels", "network", b"network", "process", b"process", "remove_on_exit", b"remove_on_exit", "resources", b"resources", "restart", b"restart", "rules", b"rules", "services", b"services"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["checkpoint", b"checkpoint", "class", b"class", "cold", b"cold", "hostname", b"hostname", "image", b"image", "image_digest", b"image_digest", "labels", b"labels", "network", b"network", "priority", b"priority", "process", b"process", "remove_on_exit", b"remove_on_exit", "resources", b"resources", "restart", b"restart", "rules", b"rules", "services", b"services", "weight", b"weight"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -572,15 +584,31 @@ class ResizeStatus(_message.Message):
     ACTUAL_MEMORY_MIB_FIELD_NUMBER: _builtins.int
     CPU_MILLI_FIELD_NUMBER: _builtins.int
     MESSAGE_FIELD_NUMBER: _builtins.int
+    DESIRED_CPU_MILLI_FIELD_NUMBER: _builtins.int
+    SHORTFALL_MIB_FIELD_NUMBER: _builtins.int
+    CAUSE_FIELD_NUMBER: _builtins.int
+    DEADLINE_FIELD_NUMBER: _builtins.int
+    ATTEMPTS_FIELD_NUMBER: _builtins.int
     state: Global___ResizeState.ValueType
     desired_memory_mib: _builtins.int
     allocated_memory_mib: _builtins.int
-    """granted by the host"""
+    """granted by the host; above desired while the sandbox shows that it needs more"""
     actual_memory_mib: _builtins.int
     """what the guest has plugged now"""
     cpu_milli: _builtins.int
     """enforced now"""
     message: _builtins.str
+    desired_cpu_milli: _builtins.int
+    shortfall_mib: _builtins.int
+    """by how much desired is missed"""
+    cause: _builtins.str
+    """of the shortfall: host-room, squeezed, guest, control, max, vcpus, host-capacity"""
+    attempts: _builtins.int
+    """how often the engine refused it, of ERROR"""
+    @_builtins.property
+    def deadline(self) -> _timestamp_pb2.Timestamp:
+        """until then IN_PROGRESS, afterwards DEFERRED, and tried on"""
+
     def __init__(
         self,
         *,
@@ -590,10 +618,15 @@ class ResizeStatus(_message.Message):
         actual_memory_mib: _builtins.int = ...,
         cpu_milli: _builtins.int = ...,
         message: _builtins.str = ...,
+        desired_cpu_milli: _builtins.int = ...,
+        shortfall_mib: _builtins.int = ...,
+        cause: _builtins.str = ...,
+        deadline: _timestamp_pb2.Timestamp | None = ...,
+        attempts: _builtins.int = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["deadline", b"deadline"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["actual_memory_mib", b"actual_memory_mib", "allocated_memory_mib", b"allocated_memory_mib", "cpu_milli", b"cpu_milli", "desired_memory_mib", b"desired_memory_mib", "message", b"message", "state", b"state"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["actual_memory_mib", b"actual_memory_mib", "allocated_memory_mib", b"allocated_memory_mib", "attempts", b"attempts", "cause", b"cause", "cpu_milli", b"cpu_milli", "deadline", b"deadline", "desired_cpu_milli", b"desired_cpu_milli", "desired_memory_mib", b"desired_memory_mib", "message", b"message", "shortfall_mib", b"shortfall_mib", "state", b"state"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -643,6 +676,7 @@ class SandboxStatus(_message.Message):
     ADDRESS_FIELD_NUMBER: _builtins.int
     VCPUS_FIELD_NUMBER: _builtins.int
     VCPUS_MAX_FIELD_NUMBER: _builtins.int
+    UNCOOPERATIVE_FIELD_NUMBER: _builtins.int
     phase: Global___Phase.ValueType
     reason: _builtins.str
     """CamelCase, stable: ImageMissing, VmmExited, AgentLost, ..."""
@@ -666,6 +700,8 @@ class SandboxStatus(_message.Message):
     """that it started with"""
     vcpus_max: _builtins.int
     """that it can be resized to while it runs"""
+    uncooperative: _builtins.bool
+    """its guest does not give back memory that it says is idle: it counts with its maximum"""
     @_builtins.property
     def resize(self) -> Global___ResizeStatus: ...
     @_builtins.property
@@ -694,10 +730,11 @@ class SandboxStatus(_message.Message):
         address: _builtins.str = ...,
         vcpus: _builtins.int = ...,
         vcpus_max: _builtins.int = ...,
+        uncooperative: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["finished_at", b"finished_at", "resize", b"resize", "started_at", b"started_at"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["accel", b"accel", "address", b"address", "exit_code", b"exit_code", "finished_at", b"finished_at", "has_exit_code", b"has_exit_code", "host_pid", b"host_pid", "message", b"message", "observed_epoch", b"observed_epoch", "origin", b"origin", "phase", b"phase", "reason", b"reason", "resize", b"resize", "restarts_of_host", b"restarts_of_host", "start_phases", b"start_phases", "started_at", b"started_at", "vcpus", b"vcpus", "vcpus_max", b"vcpus_max"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["accel", b"accel", "address", b"address", "exit_code", b"exit_code", "finished_at", b"finished_at", "has_exit_code", b"has_exit_code", "host_pid", b"host_pid", "message", b"message", "observed_epoch", b"observed_epoch", "origin", b"origin", "phase", b"phase", "reason", b"reason", "resize", b"resize", "restarts_of_host", b"restarts_of_host", "start_phases", b"start_phases", "started_at", b"started_at", "uncooperative", b"uncooperative", "vcpus", b"vcpus", "vcpus_max", b"vcpus_max"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -954,6 +991,44 @@ class ResizeSandboxRequest(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___ResizeSandboxRequest: _TypeAlias = ResizeSandboxRequest  # noqa: Y015
+
+@_typing.final
+class ParkSandboxRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["name", b"name"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ParkSandboxRequest: _TypeAlias = ParkSandboxRequest  # noqa: Y015
+
+@_typing.final
+class UnparkSandboxRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["name", b"name"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___UnparkSandboxRequest: _TypeAlias = UnparkSandboxRequest  # noqa: Y015
 
 @_typing.final
 class StopSandboxRequest(_message.Message):

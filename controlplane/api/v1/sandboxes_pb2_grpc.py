@@ -59,6 +59,16 @@ class SandboxesStub:
                 request_serializer=controlplane_dot_api_dot_v1_dot_sandboxes__pb2.ResizeSandboxRequest.SerializeToString,
                 response_deserializer=controlplane_dot_api_dot_v1_dot_sandboxes__pb2.Sandbox.FromString,
                 _registered_method=True)
+        self.ParkSandbox = channel.unary_unary(
+                '/sandloom.v1.Sandboxes/ParkSandbox',
+                request_serializer=controlplane_dot_api_dot_v1_dot_sandboxes__pb2.ParkSandboxRequest.SerializeToString,
+                response_deserializer=controlplane_dot_api_dot_v1_dot_sandboxes__pb2.Sandbox.FromString,
+                _registered_method=True)
+        self.UnparkSandbox = channel.unary_unary(
+                '/sandloom.v1.Sandboxes/UnparkSandbox',
+                request_serializer=controlplane_dot_api_dot_v1_dot_sandboxes__pb2.UnparkSandboxRequest.SerializeToString,
+                response_deserializer=controlplane_dot_api_dot_v1_dot_sandboxes__pb2.Sandbox.FromString,
+                _registered_method=True)
         self.StopSandbox = channel.unary_unary(
                 '/sandloom.v1.Sandboxes/StopSandbox',
                 request_serializer=controlplane_dot_api_dot_v1_dot_sandboxes__pb2.StopSandboxRequest.SerializeToString,
@@ -137,9 +147,29 @@ class SandboxesServicer:
         raise NotImplementedError('Method not implemented!')
 
     def ResizeSandbox(self, request, context):
-        """Changes memory or CPU of a live sandbox within its ceiling. Idempotent (sets a target).
+        """Changes memory or CPU of a live sandbox within its ceiling. Idempotent (sets a target). A parked one is unparked.
         Afterwards: spec.resources is the new desired value; status.resize tells how far the host got.
-        Errors: FAILED_PRECONDITION (ended, or above the ceiling), INVALID_ARGUMENT, ABORTED (etag).
+        Errors: FAILED_PRECONDITION (ended, or above the ceiling), INVALID_ARGUMENT, ABORTED (etag), RESOURCE_EXHAUSTED;
+        the details' `limit` names what is in the way: max, vcpus, quota or host-capacity.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ParkSandbox(self, request, context):
+        """Writes a running guest-kernel sandbox to its host's disk and lets go of its memory and CPU. Idempotent.
+        Afterwards: its phase is PARKED; name, uid, log and files stay. An exec, attach, resize or UnparkSandbox goes on.
+        Errors: FAILED_PRECONDITION (not running, somebody types into it, an exec runs in it), INVALID_ARGUMENT (its class
+        cannot be parked), RESOURCE_EXHAUSTED (disk).
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def UnparkSandbox(self, request, context):
+        """Lets a parked sandbox go on from where it was, its clock and randomness renewed. Idempotent; one that runs is
+        returned as it is. Afterwards: its phase is RUNNING.
+        Errors: FAILED_PRECONDITION (ended), RESOURCE_EXHAUSTED (its guarantee does not fit now: retry).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -232,6 +262,16 @@ def add_SandboxesServicer_to_server(servicer, server):
             'ResizeSandbox': grpc.unary_unary_rpc_method_handler(
                     servicer.ResizeSandbox,
                     request_deserializer=controlplane_dot_api_dot_v1_dot_sandboxes__pb2.ResizeSandboxRequest.FromString,
+                    response_serializer=controlplane_dot_api_dot_v1_dot_sandboxes__pb2.Sandbox.SerializeToString,
+            ),
+            'ParkSandbox': grpc.unary_unary_rpc_method_handler(
+                    servicer.ParkSandbox,
+                    request_deserializer=controlplane_dot_api_dot_v1_dot_sandboxes__pb2.ParkSandboxRequest.FromString,
+                    response_serializer=controlplane_dot_api_dot_v1_dot_sandboxes__pb2.Sandbox.SerializeToString,
+            ),
+            'UnparkSandbox': grpc.unary_unary_rpc_method_handler(
+                    servicer.UnparkSandbox,
+                    request_deserializer=controlplane_dot_api_dot_v1_dot_sandboxes__pb2.UnparkSandboxRequest.FromString,
                     response_serializer=controlplane_dot_api_dot_v1_dot_sandboxes__pb2.Sandbox.SerializeToString,
             ),
             'StopSandbox': grpc.unary_unary_rpc_method_handler(
@@ -409,6 +449,60 @@ class Sandboxes:
             target,
             '/sandloom.v1.Sandboxes/ResizeSandbox',
             controlplane_dot_api_dot_v1_dot_sandboxes__pb2.ResizeSandboxRequest.SerializeToString,
+            controlplane_dot_api_dot_v1_dot_sandboxes__pb2.Sandbox.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ParkSandbox(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/sandloom.v1.Sandboxes/ParkSandbox',
+            controlplane_dot_api_dot_v1_dot_sandboxes__pb2.ParkSandboxRequest.SerializeToString,
+            controlplane_dot_api_dot_v1_dot_sandboxes__pb2.Sandbox.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def UnparkSandbox(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/sandloom.v1.Sandboxes/UnparkSandbox',
+            controlplane_dot_api_dot_v1_dot_sandboxes__pb2.UnparkSandboxRequest.SerializeToString,
             controlplane_dot_api_dot_v1_dot_sandboxes__pb2.Sandbox.FromString,
             options,
             channel_credentials,

@@ -51,9 +51,21 @@ class SandboxesStub:
     OUT_OF_RANGE when it is compacted (list again). Bookmarks carry the revision when nothing happens.
     """
     ResizeSandbox: _grpc.UnaryUnaryMultiCallable[_sandboxes_pb2.ResizeSandboxRequest, _sandboxes_pb2.Sandbox]
-    """Changes memory or CPU of a live sandbox within its ceiling. Idempotent (sets a target).
+    """Changes memory or CPU of a live sandbox within its ceiling. Idempotent (sets a target). A parked one is unparked.
     Afterwards: spec.resources is the new desired value; status.resize tells how far the host got.
-    Errors: FAILED_PRECONDITION (ended, or above the ceiling), INVALID_ARGUMENT, ABORTED (etag).
+    Errors: FAILED_PRECONDITION (ended, or above the ceiling), INVALID_ARGUMENT, ABORTED (etag), RESOURCE_EXHAUSTED;
+    the details' `limit` names what is in the way: max, vcpus, quota or host-capacity.
+    """
+    ParkSandbox: _grpc.UnaryUnaryMultiCallable[_sandboxes_pb2.ParkSandboxRequest, _sandboxes_pb2.Sandbox]
+    """Writes a running guest-kernel sandbox to its host's disk and lets go of its memory and CPU. Idempotent.
+    Afterwards: its phase is PARKED; name, uid, log and files stay. An exec, attach, resize or UnparkSandbox goes on.
+    Errors: FAILED_PRECONDITION (not running, somebody types into it, an exec runs in it), INVALID_ARGUMENT (its class
+    cannot be parked), RESOURCE_EXHAUSTED (disk).
+    """
+    UnparkSandbox: _grpc.UnaryUnaryMultiCallable[_sandboxes_pb2.UnparkSandboxRequest, _sandboxes_pb2.Sandbox]
+    """Lets a parked sandbox go on from where it was, its clock and randomness renewed. Idempotent; one that runs is
+    returned as it is. Afterwards: its phase is RUNNING.
+    Errors: FAILED_PRECONDITION (ended), RESOURCE_EXHAUSTED (its guarantee does not fit now: retry).
     """
     StopSandbox: _grpc.UnaryUnaryMultiCallable[_sandboxes_pb2.StopSandboxRequest, _sandboxes_pb2.Sandbox]
     """Asks the workload to end: SIGTERM, after grace SIGKILL. Idempotent; an ended sandbox is returned as it is.
@@ -100,9 +112,21 @@ class SandboxesAsyncStub(SandboxesStub):
     OUT_OF_RANGE when it is compacted (list again). Bookmarks carry the revision when nothing happens.
     """
     ResizeSandbox: _aio.UnaryUnaryMultiCallable[_sandboxes_pb2.ResizeSandboxRequest, _sandboxes_pb2.Sandbox]  # type: ignore[assignment]
-    """Changes memory or CPU of a live sandbox within its ceiling. Idempotent (sets a target).
+    """Changes memory or CPU of a live sandbox within its ceiling. Idempotent (sets a target). A parked one is unparked.
     Afterwards: spec.resources is the new desired value; status.resize tells how far the host got.
-    Errors: FAILED_PRECONDITION (ended, or above the ceiling), INVALID_ARGUMENT, ABORTED (etag).
+    Errors: FAILED_PRECONDITION (ended, or above the ceiling), INVALID_ARGUMENT, ABORTED (etag), RESOURCE_EXHAUSTED;
+    the details' `limit` names what is in the way: max, vcpus, quota or host-capacity.
+    """
+    ParkSandbox: _aio.UnaryUnaryMultiCallable[_sandboxes_pb2.ParkSandboxRequest, _sandboxes_pb2.Sandbox]  # type: ignore[assignment]
+    """Writes a running guest-kernel sandbox to its host's disk and lets go of its memory and CPU. Idempotent.
+    Afterwards: its phase is PARKED; name, uid, log and files stay. An exec, attach, resize or UnparkSandbox goes on.
+    Errors: FAILED_PRECONDITION (not running, somebody types into it, an exec runs in it), INVALID_ARGUMENT (its class
+    cannot be parked), RESOURCE_EXHAUSTED (disk).
+    """
+    UnparkSandbox: _aio.UnaryUnaryMultiCallable[_sandboxes_pb2.UnparkSandboxRequest, _sandboxes_pb2.Sandbox]  # type: ignore[assignment]
+    """Lets a parked sandbox go on from where it was, its clock and randomness renewed. Idempotent; one that runs is
+    returned as it is. Afterwards: its phase is RUNNING.
+    Errors: FAILED_PRECONDITION (ended), RESOURCE_EXHAUSTED (its guarantee does not fit now: retry).
     """
     StopSandbox: _aio.UnaryUnaryMultiCallable[_sandboxes_pb2.StopSandboxRequest, _sandboxes_pb2.Sandbox]  # type: ignore[assignment]
     """Asks the workload to end: SIGTERM, after grace SIGKILL. Idempotent; an ended sandbox is returned as it is.
@@ -176,9 +200,33 @@ class SandboxesServicer(metaclass=_abc_1.ABCMeta):
         request: _sandboxes_pb2.ResizeSandboxRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_sandboxes_pb2.Sandbox, _abc.Awaitable[_sandboxes_pb2.Sandbox]]:
-        """Changes memory or CPU of a live sandbox within its ceiling. Idempotent (sets a target).
+        """Changes memory or CPU of a live sandbox within its ceiling. Idempotent (sets a target). A parked one is unparked.
         Afterwards: spec.resources is the new desired value; status.resize tells how far the host got.
-        Errors: FAILED_PRECONDITION (ended, or above the ceiling), INVALID_ARGUMENT, ABORTED (etag).
+        Errors: FAILED_PRECONDITION (ended, or above the ceiling), INVALID_ARGUMENT, ABORTED (etag), RESOURCE_EXHAUSTED;
+        the details' `limit` names what is in the way: max, vcpus, quota or host-capacity.
+        """
+
+    @_abc_1.abstractmethod
+    def ParkSandbox(
+        self,
+        request: _sandboxes_pb2.ParkSandboxRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_sandboxes_pb2.Sandbox, _abc.Awaitable[_sandboxes_pb2.Sandbox]]:
+        """Writes a running guest-kernel sandbox to its host's disk and lets go of its memory and CPU. Idempotent.
+        Afterwards: its phase is PARKED; name, uid, log and files stay. An exec, attach, resize or UnparkSandbox goes on.
+        Errors: FAILED_PRECONDITION (not running, somebody types into it, an exec runs in it), INVALID_ARGUMENT (its class
+        cannot be parked), RESOURCE_EXHAUSTED (disk).
+        """
+
+    @_abc_1.abstractmethod
+    def UnparkSandbox(
+        self,
+        request: _sandboxes_pb2.UnparkSandboxRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_sandboxes_pb2.Sandbox, _abc.Awaitable[_sandboxes_pb2.Sandbox]]:
+        """Lets a parked sandbox go on from where it was, its clock and randomness renewed. Idempotent; one that runs is
+        returned as it is. Afterwards: its phase is RUNNING.
+        Errors: FAILED_PRECONDITION (ended), RESOURCE_EXHAUSTED (its guarantee does not fit now: retry).
         """
 
     @_abc_1.abstractmethod

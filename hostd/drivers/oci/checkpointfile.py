@@ -74,14 +74,16 @@ class SavedKernel:
             os.close(descriptor)
 
 
-def taken_from(folder: Path) -> SavedKernel:
-    """The saved kernel in `folder`/checkpoint.img and `folder`/upper.tar; the folder goes, what is open stays."""
+def taken_from(folder: Path, *, keep: bool = False) -> SavedKernel:
+    """The saved kernel in `folder`/checkpoint.img and `folder`/upper.tar; the folder goes unless it is to be kept, what
+    is open stays."""
     pieces: list[Piece] = []
     try:
         for name in ("checkpoint.img", "upper.tar"):
             descriptor = os.open(folder / name, os.O_RDONLY | os.O_CLOEXEC)
             pieces.append(Piece(descriptor, 0, os.fstat(descriptor).st_size))
-        shutil.rmtree(folder)
+        if not keep:
+            shutil.rmtree(folder)
     except BaseException:
         for piece in pieces:
             os.close(piece.descriptor)

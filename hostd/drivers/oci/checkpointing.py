@@ -84,7 +84,9 @@ class OciCheckpointing:
 
     # Taking.
 
-    async def checkpoint(self, engine: Engine, offsets: Callable[[], dict[int, int]]) -> TakenCheckpoint:
+    async def checkpoint(
+        self, engine: Engine, offsets: Callable[[], dict[int, int]], *, go_on: bool = True
+    ) -> TakenCheckpoint:
         """See Checkpointing.checkpoint."""
         if not isinstance(engine, OciEngine):
             raise CannotCheckpoint("only sandboxes of class user-kernel can be checkpointed by runsc")
@@ -99,10 +101,10 @@ class OciCheckpointing:
                 " streams over: end them and try again",
                 reason="ExecRunning",
             )
-        return await to_its_end(self._take(engine, config, offsets))
+        return await to_its_end(self._take(engine, config, offsets, stay=not go_on))
 
     async def _take(
-        self, engine: OciEngine, config: dict[str, object], offsets: Callable[[], dict[int, int]]
+        self, engine: OciEngine, config: dict[str, object], offsets: Callable[[], dict[int, int]], *, stay: bool
     ) -> TakenCheckpoint:
         place, begin_s = engine.place, self._clock()
         folder = place.folder / "checkpoint"
@@ -117,10 +119,16 @@ class OciCheckpointing:
         except BaseException:
             await self._let_go_on(engine)  # with what was saved, if it was
             raise
-        await self._let_go_on(engine)
-        taken = await asyncio.to_thread(checkpointfile.taken_from, folder)
+        if not stay:
+            await self._let_go_on(engine)
+        taken = await asyncio.to_thread(checkpointfile.taken_from, folder, keep=stay)  # kept for go_on()
         form = {"runtime": self._version, "platform": place.runtime.platform, "config": config}
         return TakenCheckpoint(taken, form, printed, self._clock() - begin_s)
+
+    async def go_on(self, engine: Engine) -> None:
+        """See Checkpointing.go_on."""
+        if isinstance(engine, OciEngine):
+            await self._let_go_on(engine)
 
     async def _lapsed(self, folder: Path, offsets: Callable[[], dict[int, int]]) -> dict[int, int]:
         """Waits for the kernel's end, and for all that main had printed to be recorded by this host."""

@@ -33,7 +33,7 @@ from hostd.drivers.qemu import checkpointblob, snapshot
 from hostd.drivers.qemu.accel import cpu_identity, qemu_version
 from hostd.drivers.qemu.checkpointblob import CheckpointMemory
 from hostd.drivers.qemu.checkpointform import GuestForm, restored_shape
-from hostd.drivers.qemu.checkpointtaking import take
+from hostd.drivers.qemu.checkpointtaking import let_go_on, take
 from hostd.drivers.qemu.command import RamFile
 from hostd.drivers.qemu.engine import Parts, QemuEngine
 from hostd.drivers.qemu.plan import GuestKernel, limits_for, machine_id_of
@@ -103,14 +103,22 @@ class QemuCheckpointing:
 
     # Taking.
 
-    async def checkpoint(self, engine: Engine, offsets: Callable[[], dict[int, int]]) -> TakenCheckpoint:
+    async def checkpoint(
+        self, engine: Engine, offsets: Callable[[], dict[int, int]], *, go_on: bool = True
+    ) -> TakenCheckpoint:
         """See Checkpointing.checkpoint."""
         if not isinstance(engine, QemuEngine):
             raise CannotCheckpoint("only sandboxes of class guest-kernel can be checkpointed")
         qemu, cpu = await asyncio.to_thread(_identity, self._accel)
         plugged_vcpus = await plugged_count(engine.control)
-        taken = await take(engine, GuestForm.of(engine.handle, qemu, cpu, plugged_vcpus), offsets)
+        form = GuestForm.of(engine.handle, qemu, cpu, plugged_vcpus)
+        taken = await take(engine, form, offsets, stay=not go_on)
         return TakenCheckpoint(QemuMemory(taken.memory), taken.form.encode(), taken.offsets, taken.pause_s)
+
+    async def go_on(self, engine: Engine) -> None:
+        """See Checkpointing.go_on."""
+        if isinstance(engine, QemuEngine):
+            await let_go_on(engine)
 
     def read_about(self, path: Path) -> bytes:
         """See Checkpointing.read_about."""

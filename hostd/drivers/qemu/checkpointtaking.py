@@ -4,8 +4,8 @@ The workload freezes → QEMU stops → its state goes to a memfd, and with it w
 is mapped shared is copied from its own memfd meanwhile → QEMU and workload go on → the stream is parted
 (checkpointstream.py), pages of zeros are dropped, all is sealed. What comes after "go on" costs the guest nothing.
 
-Whatever fails, and whoever cancels: the guest goes on. A hostd that dies meanwhile leaves it stopped, and the next one,
-adopting it, lets it go on (let_run, driver.py).
+Whatever fails, and whoever cancels: the guest goes on (unless it is to stay, and all went well). A hostd that dies
+meanwhile leaves it stopped, and the next one, adopting it, lets it go on (let_run, driver.py).
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ import mmap
 import os
 import re
 import time
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -65,17 +66,20 @@ class _Blocks:
     elastic: Block | None
 
 
-async def take(engine: QemuEngine, form: GuestForm, offsets: Offsets) -> TakenGuest:
-    """See the module. CheckpointFailed, or NotRunning when a process of the workload does not stand still."""
+async def take(engine: QemuEngine, form: GuestForm, offsets: Offsets, *, stay: bool = False) -> TakenGuest:
+    """See the module. With `stay` the guest stands still afterwards, for let_go_on() or its end. CheckpointFailed, or
+    NotRunning when a process of the workload does not stand still."""
     async with engine.turnstile.alone():
         blocks = await _find_blocks(engine, form)
         memory = form.memory
         stream_fd = os.memfd_create("sandloom-state", os.MFD_CLOEXEC)
         try:
             with DraftMemory(memory.base_mib << 20, memory.region_mib << 20) as draft:
-                recorded, pause_s = await _copy(engine, blocks, draft, stream_fd, offsets)
-                state = await to_its_end(_in_thread(_part, draft, blocks, stream_fd))
-                return TakenGuest(draft.seal(state), form, recorded, pause_s)
+                async with _standing_still(engine, stay=stay) as still:
+                    recorded = await _copy(engine, blocks, draft, stream_fd, offsets)
+                    pause_s = await still.go_on_unless_staying()
+                    state = await to_its_end(_in_thread(_part, draft, blocks, stream_fd))
+                    return TakenGuest(draft.seal(state), form, recorded, pause_s)
         except OSError as error:
             raise CheckpointFailed(f"the guest's memory could not be copied: {error}") from error
         finally:
@@ -84,9 +88,8 @@ async def take(engine: QemuEngine, form: GuestForm, offsets: Offsets) -> TakenGu
 
 async def _copy(
     engine: QemuEngine, blocks: _Blocks, draft: DraftMemory, stream_fd: int, offsets: Offsets
-) -> tuple[dict[int, int], float]:
-    """Everything of the stopped guest, and for how long its workload stood still."""
-    begin_s = time.monotonic()
+) -> dict[int, int]:
+    """Everything of the guest, which stands still afterwards."""
     try:
         await engine.link.freeze(FREEZE_DEADLINE_S)
         await engine.control.execute("stop")
@@ -96,14 +99,11 @@ async def _copy(
         finally:
             await to_its_end(_ended(copying))  # it writes to descriptors that are ours to close
         copying.result()
-        recorded = offsets()
+        return offsets()
     except (NotRunning, CheckpointFailed):
         raise
     except HostdError as error:
         raise CheckpointFailed(f"the guest could not be saved: {error}", reason=error.reason) from error
-    finally:
-        await to_its_end(_go_on(engine))
-    return recorded, time.monotonic() - begin_s
 
 
 async def _in_thread(work: Callable[..., Any], *arguments: object) -> Any:
@@ -114,7 +114,31 @@ async def _ended(task: asyncio.Task[Any]) -> None:
     await asyncio.wait({task})
 
 
-async def _go_on(engine: QemuEngine) -> None:
+class _Still:
+    """A guest that stands still, or is about to."""
+
+    def __init__(self, engine: QemuEngine, stay: bool) -> None:
+        self._engine, self._stay, self._begin_s = engine, stay, time.monotonic()
+
+    async def go_on_unless_staying(self) -> float:
+        """How long its workload has stood still by now."""
+        if not self._stay:
+            await to_its_end(let_go_on(self._engine))
+        return time.monotonic() - self._begin_s
+
+
+@asynccontextmanager
+async def _standing_still(engine: QemuEngine, *, stay: bool) -> AsyncIterator[_Still]:
+    """Whatever fails in the block, the guest goes on."""
+    try:
+        yield _Still(engine, stay)
+    except BaseException:
+        await to_its_end(let_go_on(engine))
+        raise
+
+
+async def let_go_on(engine: QemuEngine) -> None:
+    """A guest that stands still goes on, its workload too. Idempotent. ControlLost, AgentLost."""
     await let_run(engine.control)
     await engine.link.thaw()
 

@@ -245,6 +245,20 @@ class FakeFabric(
         resources.cpu_milli = request.cpu_milli or resources.cpu_milli
         return sandbox
 
+    def ParkSandbox(self, request: Any, context: Any) -> sandboxes_pb2.Sandbox:
+        self._called("ParkSandbox", request, context)
+        sandbox = self.find(request.name, context)
+        if sandbox.status.phase != sandboxes_pb2.RUNNING:
+            fail(context, Condition.PRECONDITION, "SandboxNotRunning", f"sandbox {sandbox.name} is not running")
+        sandbox.status.phase, sandbox.status.reason = sandboxes_pb2.PARKED, "Parked"
+        return sandbox
+
+    def UnparkSandbox(self, request: Any, context: Any) -> sandboxes_pb2.Sandbox:
+        self._called("UnparkSandbox", request, context)
+        sandbox = self.find(request.name, context)
+        sandbox.status.phase, sandbox.status.reason = sandboxes_pb2.RUNNING, ""
+        return sandbox
+
     def StopSandbox(self, request: Any, context: Any) -> sandboxes_pb2.Sandbox:
         self._called("StopSandbox", request, context)
         sandbox = self.find(request.name, context)

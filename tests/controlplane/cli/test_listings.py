@@ -52,7 +52,7 @@ def test_ps_all_and_other_forms(fabric: FakeFabric, cli: Cli) -> None:
     assert [(row["name"], row["status"]["phase"]) for row in rows] == [("new", "PENDING"), ("web", "RUNNING")]
     assert yaml.safe_load(cli.ok("ps", "-o", "yaml")) == rows
     wide = cli.ok("ps", "-o", "wide").splitlines()
-    assert wide[0].split()[-5:] == ["CLASS", "ACCEL", "PID", "LABELS", "COMMAND"]
+    assert wide[0].split()[-6:] == ["CLASS", "PRIORITY", "ACCEL", "PID", "LABELS", "COMMAND"]
     assert wide[2].endswith("tcg     77  a=b     sleep 9")
 
 
@@ -82,6 +82,34 @@ def test_stop_and_rm(fabric: FakeFabric, cli: Cli) -> None:
     assert cli.ok("rm", "web", "job") == "web\njob\n"
     assert cli.ok("rm", "-f", "new") == "new\n"
     assert [box.name for box in fabric.sandboxes.values()] == ["bad"]
+
+
+def test_park_and_unpark(fabric: FakeFabric, cli: Cli) -> None:
+    fill(fabric)
+    assert cli.ok("park", "web") == "web\n"
+    assert "parked (Parked)" in cli.ok("ps")
+    assert cli.ok("unpark", "web") == "web\n"
+    done = cli("park", "job")
+    assert (done.code, "cannot park job" in done.err, "`sandloom inspect` shows its state" in done.err) == (
+        1,
+        True,
+        True,
+    )
+
+
+def test_ps_wide_tells_allocated_actual_and_why_a_resize_waits(fabric: FakeFabric, cli: Cli) -> None:
+    box = fabric.add("box")
+    box.spec.priority, box.status.uncooperative = -5, True
+    box.status.resize.MergeFrom(
+        sandboxes_pb2.ResizeStatus(
+            state=sandboxes_pb2.RESIZE_DEFERRED, desired_memory_mib=768, allocated_memory_mib=512,
+            actual_memory_mib=256, cause="host-room",
+        )
+    )  # fmt: skip
+    head, row = cli.ok("ps", "-o", "wide").splitlines()
+    for title, text in (("ALLOCATED", "512M"), ("ACTUAL", "256M"), ("RESIZE", "deferred (host-room), uncooperative")):
+        assert title in head and text in row
+    assert "-5" in row.split()
 
 
 def test_resize_shows_desired_allocated_and_actual(fabric: FakeFabric, cli: Cli) -> None:

@@ -168,6 +168,7 @@ def test_the_spec_says_what_was_asked(fabric: FakeFabric, cli: Cli) -> None:
         hostname="host",
         restart=sandboxes_pb2.RESTART_NEVER,
         network=sandboxes_pb2.Network(),
+        weight=100,
     )
 
 

@@ -63,8 +63,13 @@ class Copying:
     def recognises(self, path: Path) -> bool:
         return self.classes[0].value in path.name
 
-    async def checkpoint(self, engine: Engine, offsets: Callable[[], dict[int, int]]) -> TakenCheckpoint:
+    async def checkpoint(
+        self, engine: Engine, offsets: Callable[[], dict[int, int]], *, go_on: bool = True
+    ) -> TakenCheckpoint:
         raise Told("checkpoint")
+
+    async def go_on(self, engine: Engine) -> None:
+        raise Told("go on")
 
     def read_about(self, path: Path) -> bytes:
         return self.classes[0].value.encode()
