@@ -23,9 +23,8 @@ from controlplane.scheduler_values import Demand, layer_mib
 QUANTILES = (0.5, 0.95, 0.99)
 MOMENTS = 400
 """A picture needs no more; twice as many are kept at most."""
-PEAK_STEP, PEAK_FROM = 1.02, 0.005
-"""The hosts are looked at again once so much more is promised than when they were last, from that share of memory
-on."""
+PEAK_STEP = 1.02
+"""The hosts are looked at again once so much more is promised than when they were last: those that changed since."""
 
 
 @dataclass(frozen=True)
@@ -125,7 +124,10 @@ class Measures:
         self._memory, self._cpu, self._overcommit = _Timed(), _Timed(), _Timed()
         self._moments: list[Moment] = []
         self._stride = self._skipped = 0
-        self._peak_mib, self._peak_s, self._peak_hosts = 0.0, 0.0, tuple(map(memory_of, rows))
+        self._peak_mib, self._peak_s = 0.0, 0.0
+        self._peak_hosts = {row.name: memory_of(row) for row in rows}
+        self._changed: set[str] = set()  # hosts, since the peak was last seen
+        self._lost: set[str] = set()
         self._saved_mib = 0
 
     def at(self, now_s: float) -> None:
@@ -144,9 +146,13 @@ class Measures:
 
     def _remember(self, time_s: float) -> None:
         self._saved_mib = max(self._saved_mib, self._running_asked_mib - self._promised_mib)
-        if self._promised_mib > max(PEAK_STEP * self._peak_mib, PEAK_FROM * self._capacity_mib):
+        if self._promised_mib > PEAK_STEP * self._peak_mib:
             self._peak_mib, self._peak_s = float(self._promised_mib), time_s
-            self._peak_hosts = tuple(map(memory_of, self._index.rows()))
+            for host in self._changed - self._lost:
+                self._peak_hosts[host] = memory_of(self._index.row(host))
+            for host in self._lost & self._peak_hosts.keys():
+                del self._peak_hosts[host]
+            self._changed.clear()
         if self._skipped < self._stride:
             self._skipped += 1
             return
@@ -172,6 +178,7 @@ class Measures:
     def took(self, host: str, workload: Workload, demand: Demand, more: int) -> None:
         """One more runs on a host (or, with -1, no longer)."""
         row, used = self._index.row(host), self._used[host]
+        self._changed.add(host)
         overhead_mib = row.capacity.vm_overhead_mib
         self._running += more
         self._running_asked_mib += more * (_asked_mib(demand) + overhead_mib)
@@ -198,6 +205,7 @@ class Measures:
     def lost(self, host: str) -> None:
         """A host on which nothing runs any more is gone."""
         capacity = self._index.row(host).capacity
+        self._lost.add(host)
         self._capacity_mib -= capacity.memory_mib - capacity.system_reserve_mib
         self._cpu_milli -= capacity.cpu_milli
 
@@ -210,7 +218,8 @@ class Measures:
             self._memory.spread(), self._cpu.spread(), self._overcommit.spread(),
             weighted(waits_s, [1.0] * len(waits_s)),
             max(0.0, self._park_time / busy), self._park_worst, max(0.0, self._oom_time / busy), self._oom_worst,
-            self._saved_mib, (*self._moments, self._moment(ended_s)), self._peak_hosts, self._peak_s, ended_s,
+            self._saved_mib, (*self._moments, self._moment(ended_s)), tuple(self._peak_hosts.values()),
+            self._peak_s, ended_s,
         )  # fmt: skip
 
 

@@ -97,6 +97,16 @@ def test_risks_follow_from_use() -> None:
     assert 0.0 < some_oom < some_park < 1.0
 
 
+def test_the_hosts_are_shown_at_their_fullest_however_little_that_is() -> None:
+    hosts = [empty_host(f"h{at}", 1 << 20, 64_000, CALIBRATION) for at in range(3)]
+    events = Trace((Arrival(0.0, 50.0, "a", workload(0)), Arrival(5.0, 10.0, "b", workload(1))))
+    measured = replay(hosts, events, Planning(), CALIBRATION).measured
+    most_mib = max(moment.promised_mib for moment in measured.moments)
+    assert measured.peak_s == 5.0
+    assert sum(host.private_mib + host.shared_mib for host in measured.hosts_peak) == most_mib > 0
+    assert [host.host for host in measured.hosts_peak] == ["h0", "h1", "h2"]
+
+
 def test_quantiles_are_weighted_by_time() -> None:
     spread = weighted([1.0, 2.0, 3.0], [90.0, 6.0, 4.0])
     assert (spread.p50, spread.p95, spread.p99, spread.most) == (1.0, 2.0, 3.0, 3.0)
