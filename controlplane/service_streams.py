@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from controlplane.api.v1 import sandboxes_pb2
 from controlplane.edge import sandboxes as edge
-from controlplane.errors import Invalid, NotFound, Precondition
+from controlplane.errors import Invalid, NotFound, OperationError, Precondition
 from controlplane.gate import Caller, Context, Gate
 from controlplane.model import Host, Phase, Sandbox
 from controlplane.relay import HostLinks, answer, answers, relay
@@ -94,9 +94,16 @@ class StreamMethods:
             view = self._streams.view
             if request.host and not _may_know(caller, request.host, view):
                 raise NotFound("HostNotFound", f"there is no host {request.host}", host=request.host)
-            names = [request.host] if request.host else sorted(view.alive & set(view.hosts))
-            async with asyncio.TaskGroup() as group:
-                tasks = [group.create_task(self._ledger_of(view.hosts[name])) for name in names]
+            known = (name for name in view.alive & set(view.hosts) if _may_know(caller, name, view))
+            names = [request.host] if request.host else sorted(known)
+            try:
+                async with asyncio.TaskGroup() as group:
+                    tasks = [group.create_task(self._ledger_of(view.hosts[name])) for name in names]
+            except ExceptionGroup as failed:
+                told = next((error for error in failed.exceptions if isinstance(error, OperationError)), None)
+                if told is None:
+                    raise
+                raise told from failed
             return _merged([task.result() for task in tasks], caller, view)
 
     async def _ledger_of(self, host: Host) -> sandboxes_pb2.SharingLedger:

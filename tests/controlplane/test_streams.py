@@ -401,3 +401,20 @@ async def test_the_ledger_joins_all_hosts_and_hides_what_is_not_ones_own(plane: 
     with pytest.raises(grpc.aio.AioRpcError) as caught:
         await client.sandboxes.GetSharingLedger(sandboxes_pb2.GetSharingLedgerRequest(host="h9"))
     assert parse_error(caught.value).reason == "HostNotFound"
+
+
+async def test_a_ledger_names_the_host_that_does_not_answer_to_those_who_may_know_it(
+    plane: Plane, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client = (await running_box(plane))[0]
+    other = await plane.host("h2")
+    monkeypatch.setattr("controlplane.relay.CONNECT_DEADLINE_S", 0.3)
+    other.address = "127.0.0.1:9"
+    await other.report()
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await client.sandboxes.GetSharingLedger(sandboxes_pb2.GetSharingLedgerRequest(), timeout=20)
+    failure = parse_error(caught.value)
+    assert (failure.condition, failure.reason) == (Condition.UNAVAILABLE, "HostUnreachable")
+    assert "h2" in failure.message
+    mine = await plane.client(Role.TENANT, "default")  # nothing of its own is on h2: it is not asked
+    await mine.sandboxes.GetSharingLedger(sandboxes_pb2.GetSharingLedgerRequest(), timeout=20)
