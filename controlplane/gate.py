@@ -152,7 +152,7 @@ class Gate(Interceptor):
         identity, roles = peer_identity(context.auth_context()), access.roles_of(_METHOD.get())
         if identity.role not in roles:
             wanted = " or ".join(sorted(role.value for role in roles)) or "nobody: no role is named for this method"
-            raise Denied("WrongRole", f"{identity} may not do this: it takes the certificate of a {wanted}")
+            raise Denied("WrongRole", f"{identity} may not do this: it takes a certificate of the role {wanted}")
         asked = [str(value) for key, value in context.invocation_metadata() or () if key == TENANT_HEADER]
         if identity.role is Role.TENANT:
             if asked and asked != [identity.name]:

@@ -122,7 +122,8 @@ def _require_within(sandbox: Sandbox, sizes: Resources) -> None:
         )  # fmt: skip
     if sizes.memory_mib < sizes.memory_min_mib:
         raise Invalid(
-            "memory_mib", f"{sizes.memory_mib} MiB is below the guaranteed {sizes.memory_min_mib} MiB: lower that too"
+            "memory_mib",
+            f"{sizes.memory_mib} MiB is below the guaranteed {sizes.memory_min_mib} MiB: raise it, or guarantee less",
         )
 
 

@@ -227,7 +227,7 @@ TAKE = Command(
     words=("checkpoint",),
     summary="keep a running sandbox's memory and state; it runs on",
     description="Keeps a copy of a running sandbox on its host: processes, memory, files it wrote. `restore` makes "
-    "sandboxes that go on from there. Nobody may be typing into it meanwhile. Guest-kernel sandboxes only.",
+    "sandboxes that go on from there. Nobody may be typing into it meanwhile. Not for host-kernel sandboxes.",
     configure=_configure_take,
     parse=lambda ns: TakeOptions(ns.sandbox, ns.name, ns.request_id),
     act=act_take,

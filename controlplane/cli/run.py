@@ -298,7 +298,7 @@ async def create(fabric: Fabric, options: RunOptions, spec: sandboxes_pb2.Sandbo
     remedies = {
         Condition.NOT_FOUND: "bring it in with `sandloom image import PATH`; `sandloom image ls` lists those there are",
         Condition.ALREADY_EXISTS: "choose another --name, or remove that one (`sandloom rm`)",
-        Condition.EXHAUSTED: "ask for less --memory, or stop something; `sandloom hosts` shows what there is",
+        Condition.EXHAUSTED: "ask for less --memory, or stop something; operators see what there is (`sandloom hosts`)",
         Condition.INVALID: "see `sandloom run --help`",
     }
     for attempt in range(1, CREATE_TRIES + 1):
