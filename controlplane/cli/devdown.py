@@ -19,6 +19,8 @@ from controlplane.cli.errors import CliError, DaemonFailed
 from controlplane.cli.home import Home
 from controlplane.cli.progress import Progress
 from controlplane.cli.sandboxes import STOP_SLACK_S
+from controlplane.cli.tenants import list_tenants
+from controlplane.tenancy import DEFAULT_TENANT
 
 LET_GO_S = 120.0
 STUCK = (
@@ -43,19 +45,25 @@ def down(home: Home, settings: HostSettings, shell: Shell, progress: Progress, *
                 "its sandboxes cannot be removed", str(error),
                 "mend that; `sandloom dev down --keep` ends the daemons only", log_tail=tail,
             ) from error  # fmt: skip
-        local = Shell(Target(home), argvs=shell.argvs)
-        local.over(lambda fabric: _empty(fabric, grace_s, progress))
+        for tenant in Shell(Target(home), argvs=shell.argvs).over(_tenants):
+            local = Shell(Target(home, tenant=tenant), argvs=shell.argvs)
+            local.over(lambda fabric: _empty(fabric, grace_s, progress))
     for name in (devup.HOSTD, devup.CONTROLPLANE):
         progress.update(f"ending {name}")
         devup.end(home, name)
     if not keep:
+        _nothing_left(home)  # before the context goes: by it, the next `down` tries again
         home.context.unlink(missing_ok=True)
-        _nothing_left(home)
     return True
 
 
+async def _tenants(fabric: Fabric) -> list[str]:
+    """Whose sandboxes there may be: a list of sandboxes is one tenant's only."""
+    return sorted({DEFAULT_TENANT, *(tenant.name for tenant in await list_tenants(fabric))})
+
+
 async def _empty(fabric: Fabric, grace_s: float, progress: Progress) -> None:
-    """Stops and removes every sandbox, and returns when the hosts have let go of all of them."""
+    """Stops and removes every sandbox of a tenant, and returns when the hosts have let go of all of them."""
     present = await lookup.list_sandboxes(fabric, ended=True)
     live = [sandbox for sandbox in present if not lookup.has_ended(sandbox)]
     if grace_s > 0:
@@ -85,7 +93,11 @@ def _nothing_left(home: Home) -> None:
     """CliError names what is still there of this HOME: mounts and sockets, and processes that use its run folder."""
     left = leftovers(home)
     if left:
-        raise CliError("something of the fabric is left", "; ".join(left[:5]), "end it by hand")
+        raise CliError(
+            "something of the fabric is left",
+            "; ".join(left[:5]),
+            "`sandloom dev down` tries again; else end it by hand",
+        )
 
 
 def leftovers(home: Home, proc: Path = Path("/proc")) -> list[str]:

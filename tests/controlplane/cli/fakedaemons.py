@@ -33,6 +33,9 @@ def controlplane(config: dict[str, Any]) -> str:
     assert set(config) == CONTROLPLANE_KEYS, config
     fabric = FakeFabric()
     fabric.add("left-over")
+    for name in ("theirs-1", "theirs-2"):
+        fabric.add(name).tenant = "acme"
+    fabric.tenants = ["acme"]
     return fabric.serve(tls_of(config), config["listen"])
 
 

@@ -29,11 +29,13 @@ from controlplane.api.v1 import (
     pools_pb2_grpc,
     sandboxes_pb2,
     sandboxes_pb2_grpc,
+    tenants_pb2_grpc,
 )
 from controlplane.ca import Authority
 from tests.controlplane.cli.fakecheckpoints import FakeCheckpoints
 from tests.controlplane.cli.fakehosts import FakeHosts
 from tests.controlplane.cli.fakepools import FakePools
+from tests.controlplane.cli.faketenants import FakeTenants, acting_for
 
 Output = sandboxes_pb2.StreamOutput
 Program = Callable[["FakeProcess"], int]
@@ -111,7 +113,7 @@ def fail(context: grpc.ServicerContext, condition: Condition, reason: str, messa
 
 
 class FakeFabric(
-    FakePools, FakeHosts, sandboxes_pb2_grpc.SandboxesServicer, images_pb2_grpc.ImagesServicer,
+    FakePools, FakeHosts, FakeTenants, sandboxes_pb2_grpc.SandboxesServicer, images_pb2_grpc.ImagesServicer,
     hosts_pb2_grpc.HostSyncServicer,
 ):  # fmt: skip
     """See the module. Tests read and set its public fields."""
@@ -150,6 +152,7 @@ class FakeFabric(
         hosts_pb2_grpc.add_HostsServicer_to_server(self, server)
         hosts_pb2_grpc.add_HostSyncServicer_to_server(self, server)
         pools_pb2_grpc.add_PoolsServicer_to_server(self, server)
+        tenants_pb2_grpc.add_TenantsServicer_to_server(self, server)
         checkpoints_pb2_grpc.add_CheckpointsServicer_to_server(self.checkpoints, server)
         port = server.add_secure_port(listen, server_credentials(tls))
         server.start()
@@ -228,6 +231,7 @@ class FakeFabric(
     def ListSandboxes(self, request: Any, context: Any) -> sandboxes_pb2.ListSandboxesResponse:
         """Pages of two, so that paging is used."""
         rows = sorted(self.sandboxes.values(), key=lambda box: box.name)
+        rows = [box for box in rows if (box.tenant or "default") == acting_for(context)]
         rows = [box for box in rows if request.ended or box.status.phase not in ENDED]
         at = int(request.page_token or 0)
         token = str(at + 2) if at + 2 < len(rows) else ""

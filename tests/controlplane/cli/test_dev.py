@@ -81,6 +81,7 @@ def test_up_status_and_down(dev: Dev) -> None:
     assert dev("ps", "-o", "name").out == "left-over\n"
     down = dev("dev", "down")
     assert (down.code, down.out) == (0, "the fabric is down\n"), down
+    assert down.err.startswith("stopping sandboxes: 2\nstopping sandboxes: 1\n")  # acme's, and those of default
     assert (dev.pids(), dev.home.context.exists()) == ({}, False)
     assert dev("dev", "down").out == "nothing runs here\n"
     assert dev("dev", "status").code == 1
@@ -127,6 +128,16 @@ def test_down_that_is_stuck_tells_the_way_out(dev: Dev, monkeypatch: pytest.Monk
     assert dev("dev", "down", "--keep").code == 0
     down = dev("dev", "down")
     assert (down.code, dev.pids()) == (0, {}), down
+
+
+def test_down_that_left_something_is_tried_again_by_the_next_one(dev: Dev, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert dev("dev", "up", "--host-name", "loom").code == 0
+    with monkeypatch.context() as patched:
+        patched.setattr(devdown, "leftovers", lambda _: ["process 7 (qemu)"])
+        done = dev("dev", "down")
+    assert (done.code, "left: process 7 (qemu)" in done.err, dev.pids()) == (1, True, {}), done
+    again = dev("dev", "down")
+    assert (again.code, again.out, dev.home.context.exists()) == (0, "the fabric is down\n", False), again
 
 
 def test_down_keep_leaves_the_context_for_the_next_up(dev: Dev) -> None:
