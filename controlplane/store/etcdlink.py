@@ -223,6 +223,12 @@ class EtcdLink:
                 self._token = ""
             self._leave(member, details)
             raise _unavailable(member.endpoint, details) from error
+        except asyncio.CancelledError as error:  # also what grpc.aio raises when the stream itself was cut off
+            task = asyncio.current_task()
+            if task is not None and task.cancelling():
+                raise
+            self._leave(member, "it cut the stream off")
+            raise _unavailable(member.endpoint, "it cut the stream off") from error
 
     def _leave(self, member: Member, reason: str) -> None:
         """Everybody goes on with the next member, if this one is still in use; what waits for it fails now."""

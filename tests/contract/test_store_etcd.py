@@ -165,6 +165,22 @@ async def test_without_quorum_nothing_is_written_and_nothing_twice_when_it_is_ba
         assert sorted(key for key in seen.keys if key.startswith("q/")) == [record.key for record in page.records]
 
 
+async def test_a_stream_that_is_cut_off_fails_and_does_not_end_its_owner(one: Member) -> None:
+    """grpc.aio raises CancelledError then, and a task group takes a task that ends by it for one that is done."""
+    async with open_etcd(access_of(one)) as store:
+
+        async def cut_off() -> None:
+            async with store._link.stream("Lease", "LeaseKeepAlive") as (call, _):
+                call.cancel()
+                await call.read()
+
+        owner = asyncio.create_task(cut_off())
+        await asyncio.wait({owner})
+        assert not owner.cancelled()
+        with pytest.raises(StoreError, match="cut the stream off"):
+            await owner
+
+
 async def test_a_lease_that_etcd_let_run_out_is_told_to_whoever_keeps_it(one: Member) -> None:
     async with open_etcd(access_of(one)) as store, seeing(store) as seen:
         lease = await store.grant_lease(2)
