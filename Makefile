@@ -51,7 +51,7 @@ bench-sharing: setup ## host memory of N guests with DAX against the same guests
 bench-start: setup ## cold start by phase
 	$(BIN)/python -m tests.bench.bench_start
 
-bench-clone: setup ## clones against cold boots and QEMU's ordinary restore: milliseconds, MiB, a herd of 50
+bench-clone: setup ## clones against cold boots and QEMU's ordinary restore: milliseconds, MiB, 8 together, a herd of 50, 100 alive at once
 	$(BIN)/python -m tests.bench.bench_clone
 
 bench-balloon-host: setup ## punching a recorded list of frames: coalesced against page by page

@@ -13,90 +13,29 @@ what the page cache holds of the image after the first of them; what is asked is
 from __future__ import annotations
 
 import asyncio
-import json
 import os
-import shutil
-import subprocess
-import sys
-import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import AsyncExitStack, contextmanager
-from dataclasses import dataclass, replace
+from contextlib import AsyncExitStack
 from pathlib import Path
 
-from hostd.cgroups import Hierarchy
-from hostd.drivers.contract import LayerFile, StartPlan
+from hostd.drivers.contract import LayerFile
 from hostd.drivers.oci.driver import OciDriver
-from hostd.drivers.oci.mounts import Layers
-from hostd.drivers.oci.plan import limits_for
-from hostd.drivers.oci.probe import HYBRID_CGROUPS, decide
-from hostd.drivers.oci.runtime import Runtime
-from hostd.spec import Resources
 from native import _dax
+from tests.bench.bare import SAY, Place, bare_bundle, bare_run, place, where_crun_runs
 from tests.bench.report import CannotMeasure, Report, Runs, interleaved, ratio, run
-from tests.contract.driver_suite import command, spec_of
+from tests.contract.driver_suite import command
 from tests.hostd.busybox import busybox, rootfs_tar
-from tests.sharedcache.tarkit import convert
 from tests.userland import UserlandUnavailable, userland_tar
 
 ROUNDS = 25
 SANDBOXES = 50
-CACHE = Path("/var/cache/sandloom")
 PAGE_MIB = 4096 / (1 << 20)
-SMALL = Resources(64, 256, 64, 2000)
-SAY = ("sh", "-c", "echo ready; exec sleep 100000")
 READ = (
     "sh", "-c",
     "cat /usr/bin/* /usr/lib/*/lib*.so* /usr/lib/python3*/*.py 2>/dev/null | wc -c; echo ready; exec sleep 100000",
 )  # fmt: skip
-INSIDE = "SANDLOOM_BENCH_INSIDE"
 POOL_MEASURE = "host-kernel start from a pool"
 BARS = {"crun": ("host-kernel start", 1.2), "runsc": ("user-kernel start", 1.1)}
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where and with what the benchmark runs."""
-
-    root: Path
-    cgroups: Hierarchy
-    runtimes: dict[str, Runtime]
-
-    def driver(self, name: str) -> OciDriver:
-        return OciDriver(self.runtimes[name], Layers(self.root / "mounts"), self.cgroups)
-
-    def plan(self, uid: str, layers: tuple[LayerFile, ...]) -> StartPlan:
-        name = f"bench-{uid}-{os.getpid()}"
-        return StartPlan(spec_of(name, SMALL, hostname=uid), layers, 0, self.root / "run" / name)
-
-    def layer(self, tar: bytes | Path, name: str) -> LayerFile:
-        blob = self.root / f"{name}.blob"
-        meta = convert(tar, blob)
-        with blob.open("rb") as file:
-            os.fsync(file.fileno())  # as the store does; dirty pages cannot be let go of
-        return LayerFile(blob, meta.blob_bytes, meta.volume_uuid, 0)
-
-
-@contextmanager
-def place() -> Iterator[Place]:
-    """CannotMeasure, and says why, where no container runs."""
-    if os.geteuid() != 0:
-        raise CannotMeasure("needs root: the OCI classes mount, and make cgroups")
-    cgroups = Hierarchy.probe()
-    cgroups.prepare()
-    runtimes: dict[str, Runtime] = {}
-    for name in BARS:
-        runtime, why = asyncio.run(decide(name, cgroups, CACHE))
-        if runtime is None:
-            raise CannotMeasure(why)
-        runtimes[name] = runtime
-    root = Path(tempfile.mkdtemp(prefix="sl-bench-", dir="/var/tmp"))
-    (root / "run").mkdir()
-    try:
-        yield Place(root, cgroups, runtimes)
-    finally:
-        shutil.rmtree(root)
 
 
 def start(at: Place, report: Report, name: str, layer: LayerFile) -> None:
@@ -108,9 +47,9 @@ def start(at: Place, report: Report, name: str, layer: LayerFile) -> None:
         def ours() -> float:
             return runner.run(_ours(at, driver, layer))
 
-        bare = runner.run(_bare_bundle(at, driver, layer))
+        bare = runner.run(bare_bundle(at, driver, (layer,)))
         try:
-            times = interleaved({"peer": lambda: _bare(runtime, bare), "us": ours}, rounds=ROUNDS)
+            times = interleaved({"peer": lambda: bare_run(runtime, bare), "us": ours}, rounds=ROUNDS)
         finally:
             runner.run(driver.destroy(bare.spec.uid, bare.folder, None))
     report.row(f"{name} run, bare, to its first output", times["peer"])
@@ -137,11 +76,11 @@ def claim(at: Place, report: Report, layer: LayerFile) -> None:
     """A warm host-kernel sandbox's claim against bare `runsc run`."""
     driver, peer = at.driver("crun"), at.driver("runsc")
     with asyncio.Runner() as runner:
-        bare = runner.run(_bare_bundle(at, peer, layer))
+        bare = runner.run(bare_bundle(at, peer, (layer,)))
         try:
             times = interleaved(
                 {
-                    "peer": lambda: _bare(at.runtimes["runsc"], bare),
+                    "peer": lambda: bare_run(at.runtimes["runsc"], bare),
                     "us": lambda: runner.run(_claimed(at, driver, layer)),
                 },
                 rounds=ROUNDS,
@@ -168,47 +107,6 @@ async def _claimed(at: Place, driver: OciDriver, layer: LayerFile) -> float:
     finally:
         await engine.detach()
         await driver.destroy(mine.spec.uid, mine.folder, engine.handle)
-
-
-async def _bare_bundle(at: Place, driver: OciDriver, layer: LayerFile) -> StartPlan:
-    """A mounted root file system and the bundle that hostd writes, its own init taken out."""
-    plan = at.plan("bare", (layer,))
-    engine = await driver.start(plan, lambda _: None)
-    main = await engine.spawn(command(SAY), main=True)
-    await main.signal(9)
-    await main.wait()
-    await engine.detach()
-    path = plan.folder / "config.json"
-    config = json.loads(path.read_text())
-    config["process"]["args"] = list(SAY)
-    limits = limits_for(SMALL, driver.runtime)
-    config["linux"]["cgroupsPath"] = f"/sandloom/{plan.spec.uid}-own"
-    config["linux"]["resources"] = {
-        "memory": {"limit": limits.memory_bytes},
-        "cpu": {"quota": limits.cpu_milli * 100, "period": 100_000},
-        "pids": {"limit": limits.pids},
-    }
-    path.write_text(json.dumps(config))
-    return plan
-
-
-def _bare(runtime: Runtime, bundle: StartPlan) -> float:
-    options = replace(runtime, state=bundle.folder / "bare").base(bundle.folder)
-    base = [word for word in options if word not in ("--cgroup-manager=disabled", "--ignore-cgroups")]
-    begin = time.perf_counter()
-    with subprocess.Popen(
-        [*base, "run", "--bundle", str(bundle.folder), "bare"], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE
-    ) as child:
-        assert child.stdout is not None
-        said = os.read(child.stdout.fileno(), 64)
-        took = 1000 * (time.perf_counter() - begin)
-        subprocess.run([*base, "kill", "bare", "KILL"], capture_output=True, timeout=30)
-        child.stdout.read()
-        child.wait(timeout=30)
-    subprocess.run([*base, "delete", "--force", "bare"], capture_output=True, timeout=30)
-    if said != b"ready\n":
-        raise CannotMeasure(f"bare {runtime.name} run said {said!r}")
-    return took
 
 
 def sharing(at: Place, report: Report) -> None:
@@ -287,26 +185,6 @@ def body(report: Report) -> None:
         sharing(at, report)
 
 
-def main() -> int:
-    """Bare crun refuses to run beside a cgroup v2 tree on a v1 host: then all of this runs where none is in sight."""
-    if os.path.ismount(HYBRID_CGROUPS) and os.geteuid() == 0 and INSIDE not in os.environ:
-        script = f'umount -l {HYBRID_CGROUPS}; exec "$@"'
-        argv = [
-            "unshare",
-            "--mount",
-            "--propagation",
-            "slave",
-            "sh",
-            "-ec",
-            script,
-            "sh",
-            sys.executable,
-            "-m",
-            __spec__.name,
-        ]
-        os.execvpe(argv[0], argv, {**os.environ, INSIDE: "1"})
-    return run("classes", body, [*BARS.values(), (POOL_MEASURE, 5)])
-
-
 if __name__ == "__main__":
-    raise SystemExit(main())
+    where_crun_runs(__spec__.name)
+    raise SystemExit(run("classes", body, [*BARS.values(), (POOL_MEASURE, 5)]))

@@ -5,6 +5,9 @@ REPEATS of them and counts the median. "answer" is from the exec of QEMU to the 
 byte" up to the first byte that a command prints. Memory is of guests that are configured and idle, several of a kind at
 once: what a guest shares is counted by its share. The ordinary restore is of one guest with 1 GiB in use
 (tests/bench/restores.py), restored by QEMU from its whole stream, and by us from the same guest's memory.
+
+Beside them, in each round, bare `crun run` and `runsc run` of the same command in the same image, with the same limits
+(tests/bench/bare.py): no bar, a reader sees where a clone stands. Eight together and a hundred at once: crowd.py.
 """
 
 from __future__ import annotations
@@ -16,11 +19,13 @@ import time
 from collections.abc import Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
+from functools import partial
 
 from hostd.drivers.contract import Engine
 from hostd.drivers.qemu.template import Origin
 from hostd.spec import Resources
-from tests.bench import account, guests
+from tests.bench import account, crowd, guests
+from tests.bench.bare import RUNTIMES, Bare, bare
 from tests.bench.clones import CloneKit, clone_kit
 from tests.bench.guests import Bench
 from tests.bench.report import CannotMeasure, Report, Runs, ratio, run
@@ -47,6 +52,7 @@ PROMISED = (
     ("idle memory: clone against cold boot", 0.25),
     ("idle memory: guest RAM of a clone", 8.0),
     ("herd: a clone of 50 against its share of the CPUs", 2.0),
+    *crowd.PROMISED,
 )
 
 
@@ -120,7 +126,7 @@ class Clones:
         return accounts
 
 
-async def rounds(clones: Clones, restores: Restores) -> None:
+async def rounds(clones: Clones, restores: Restores, runtimes: Bare | None) -> None:
     """Each way, every second round backwards."""
 
     async def whole() -> None:
@@ -136,7 +142,14 @@ async def rounds(clones: Clones, restores: Restores) -> None:
     async def cloned() -> None:
         await clones.several([GENERIC, IMAGE, BIG], REPEATS)
 
-    ways = [cold, cloned, whole, mapped]
+    async def contained() -> None:
+        if runtimes is None:
+            return
+        for name in RUNTIMES:
+            values = [await runtimes.run(name) for _ in range(REPEATS)]
+            clones.taken.add(f"bare {name} run", **{"to first byte": statistics.median(values)})
+
+    ways = [cold, cloned, whole, mapped, contained]
     for turn in range(ROUNDS):
         for way in ways if turn % 2 == 0 else ways[::-1]:
             await way()
@@ -147,7 +160,7 @@ def tell_times(report: Report, taken: Taken) -> None:
     for kind, phases in taken.phases.items():
         for phase in phases:
             report.row(f"{kind}: {phase}", taken.runs(kind, phase))
-    answer = {kind: taken.runs(kind, "to answer") for kind in taken.phases}
+    answer = {kind: taken.runs(kind, "to answer") for kind, phases in taken.phases.items() if "to answer" in phases}
     (cold, least), (restore, much), (ceiling, most) = PROMISED[:3]
     report.bar(cold, ratio(answer[COLD], answer[IMAGE]), at_least=least, peer="cold boot of the same guest")
     report.bar(restore, ratio(answer[WHOLE], answer[MAPPED]), at_least=much, peer="-incoming, RAM in the stream")
@@ -181,6 +194,15 @@ def tell_herd(report: Report, herd: Runs, alone: Runs) -> None:
     report.bar(name, Runs((median / fair_ms,), "x"), at_most=most, peer=f"a lone clone's time x {HERD} / CPUs")
 
 
+async def bare_or_none(report: Report, stack: AsyncExitStack, host: Bench) -> Bare | None:
+    """The bare runtimes; where there are none the report says why, and goes on: no bar hangs on them."""
+    try:
+        return await stack.enter_async_context(bare(host.layers, SMALL))
+    except CannotMeasure as lack:
+        report.note(f"bare crun run and runsc run were not measured: {lack}")
+        return None
+
+
 async def measure(report: Report) -> None:
     async with AsyncExitStack() as stack:
         host = await stack.enter_async_context(guests.bench())
@@ -190,11 +212,12 @@ async def measure(report: Report) -> None:
         for _, message in kit.told:
             report.note(message)
         clones = Clones(host, kit)
-        async with frozen_guest(host, host.plan(SMALL)) as restores:
-            await rounds(clones, restores)
+        async with frozen_guest(host, host.plan(SMALL)) as restores, AsyncExitStack() as beside:
+            await rounds(clones, restores, await bare_or_none(report, beside, host))
         tell_times(report, clones.taken)
         tell_memory(report, {kind: await clones.idle(kind) for kind in (COLD, GENERIC, IMAGE)})
         tell_herd(report, await clones.herd(), clones.taken.runs(IMAGE, "to answer"))
+        await crowd.measure(report, partial(clones.start, IMAGE), host.end_all)
     report.note(f"idle: configured, no process, {SMALL.memory_min_mib} MiB plugged; {IDLE_GUESTS} of a kind at once.")
 
 
