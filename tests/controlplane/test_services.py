@@ -9,7 +9,7 @@ import pytest
 
 from controlplane import codec, config
 from controlplane.api.errors import PolicyError
-from controlplane.api.policies import parse_policy, render_policy, require_servable
+from controlplane.api.policies import ANSWERERS, parse_policy, render_policy, require_servable
 from controlplane.api.services import (
     ALL_KERNEL,
     AllowRule,
@@ -118,6 +118,21 @@ def test_what_a_class_cannot_have_is_refused_by_name(sandbox_class: SandboxClass
     ):
         parse_services(render_policy(TOOL), sandbox_class, ALL_KERNEL)
     require_servable(sandbox_class.value, ALL_KERNEL)
+
+
+@pytest.mark.parametrize("sandbox_class", SandboxClass)
+@pytest.mark.parametrize("answerer", [Answerer.TOOL, Answerer.DENY])
+@pytest.mark.parametrize("service", ["files", "secrets", "time", "sysview", "devices"])
+def test_a_service_that_has_no_tool_yet_is_refused_by_name(
+    service: str, answerer: Answerer, sandbox_class: SandboxClass
+) -> None:
+    asked = sandboxes_pb2.ServicePolicy()
+    setattr(asked, service, ANSWERERS[answerer])
+    with pytest.raises(Invalid, match=f"{service}: {answerer.value} is not to be had.*leave {service} to the kernel"):
+        parse_services(asked, sandbox_class, ALL_KERNEL)
+    default = parse_policy(asked)
+    with pytest.raises(Invalid, match=f"{service}: {answerer.value} is not to be had"):
+        parse_services(sandboxes_pb2.ServicePolicy(), sandbox_class, default)
 
 
 def test_every_service_has_a_field_and_a_number() -> None:
