@@ -26,7 +26,7 @@ demo: setup ## the main job: four guests of one real image, shared, resized, mea
 
 test: setup ## lint, then the whole suite on real guests (under 25 minutes on 2 cores)
 	$(MAKE) --no-print-directory lint
-	$(BIN)/pytest
+	$(BIN)/python -m tests.suite
 
 test-quick: setup ## what needs no guest and is quick (under 2 minutes)
 	$(BIN)/pytest -m 'not guest and not slow' -q
