@@ -10,6 +10,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -54,6 +55,7 @@ class Member:
     peer_port: int
     arguments: Sequence[str] = ()
     scheme: str = "http"
+    data: Path | None = None
     process: subprocess.Popen[bytes] | None = field(default=None)
 
     @property
@@ -64,7 +66,7 @@ class Member:
         """Starts it over what its folder has."""
         client, peer = f"{self.scheme}://{self.client}", f"http://127.0.0.1:{self.peer_port}"
         command = [
-            require_etcd(), "--name", self.name, "--data-dir", str(self.folder / self.name),
+            require_etcd(), "--name", self.name, "--data-dir", str((self.data or self.folder) / self.name),
             "--listen-client-urls", client, "--advertise-client-urls", client, "--listen-peer-urls", peer,
             "--initial-advertise-peer-urls", peer, "--logger", "zap", *self.arguments,
         ]  # fmt: skip
@@ -106,11 +108,27 @@ class Member:
 
 
 @contextlib.contextmanager
-def cluster(folder: Path, size: int = 1, *arguments: str, scheme: str = "http") -> Iterator[list[Member]]:
-    """So many members that know each other and take connections."""
+def cluster(
+    folder: Path, size: int = 1, *arguments: str, scheme: str = "http", on_disk: bool = False
+) -> Iterator[list[Member]]:
+    """So many members that know each other and take connections. Their logs are in the folder, their data too if
+    `on_disk`; else in memory, where a write-ahead log does not wait for what other tests write to the disk."""
     folder.mkdir(parents=True, exist_ok=True)
+    with contextlib.ExitStack() as stack:
+        data = folder if on_disk else Path(stack.enter_context(memory_folder()))
+        yield stack.enter_context(_members(folder, data, size, arguments, scheme))
+
+
+def memory_folder() -> tempfile.TemporaryDirectory[str]:
+    """A folder on tmpfs, where there is one."""
+    shm = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
+    return tempfile.TemporaryDirectory(prefix="sl-etcd-", dir=shm)
+
+
+@contextlib.contextmanager
+def _members(folder: Path, data: Path, size: int, arguments: Sequence[str], scheme: str) -> Iterator[list[Member]]:
     ports = free_ports(2 * size)
-    members = [Member(f"m{i}", folder, ports[2 * i], ports[2 * i + 1], arguments, scheme) for i in range(size)]
+    members = [Member(f"m{i}", folder, ports[2 * i], ports[2 * i + 1], arguments, scheme, data) for i in range(size)]
     known = ",".join(f"{member.name}=http://127.0.0.1:{member.peer_port}" for member in members)
     for member in members:
         member.arguments = [*arguments, "--initial-cluster", known, "--initial-cluster-token", str(ports[0])]

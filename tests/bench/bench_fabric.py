@@ -65,7 +65,7 @@ def etcd(folder: Path, members: int) -> Iterator[list[Member]]:
     """A cluster; CannotMeasure where etcd is not installed."""
     if shutil.which("etcd") is None:
         raise CannotMeasure("etcd is not installed: apt-get install etcd-server")
-    with cluster(folder, members, *MEMBER_FLAGS) as found:
+    with cluster(folder, members, *MEMBER_FLAGS, on_disk=True) as found:
         yield found
 
 
