@@ -149,10 +149,11 @@ def _how_it_ended(sandbox: Sandbox) -> sandboxes_pb2.StreamOutput:
 
 
 def _may_know(caller: Caller, host: str, view: View) -> bool:
-    """A tenant knows the hosts that its own sandboxes are on."""
-    if caller.is_operator:
+    """A tenant knows the hosts that its own sandboxes and pools are on."""
+    if host not in view.hosts or caller.is_operator:
         return host in view.hosts
-    return host in view.hosts and any(sandbox.tenant == caller.tenant for sandbox in view.on_host(host))
+    tenants = {sandbox.tenant for sandbox in view.on_host(host)} | {pool.tenant for pool in view.hosts[host].pools}
+    return caller.tenant in tenants
 
 
 def _merged(ledgers: list[sandboxes_pb2.SharingLedger], caller: Caller, view: View) -> sandboxes_pb2.SharingLedger:

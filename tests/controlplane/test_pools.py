@@ -162,6 +162,7 @@ async def test_tenants_do_not_see_each_other_s_pools(plane: Plane) -> None:
         await get(two)
     assert hidden.value.code() == grpc.StatusCode.NOT_FOUND
     assert not (await two.pools.ListPools(pools_pb2.ListPoolsRequest(), timeout=10)).pools
+    await report(host, pool, ready=1)
     host.ledger = sandboxes_pb2.SharingLedger(
         sandboxes=[sandboxes_pb2.SandboxMemory(name="web", uid=f"pool-{pool.uid}-beef", host="h1")]
     )
