@@ -346,6 +346,15 @@ class Resident:
 
 
 @dataclass(frozen=True)
+class CountedLimit:
+    """How many of a thing are left on a host, or how many one guest can have there."""
+
+    name: str
+    left: int
+    of_a_guest: bool = False
+
+
+@dataclass(frozen=True)
 class Host:
     """A host's last report. Whether it is READY is its lease's matter, not this record's."""
 
@@ -370,6 +379,7 @@ class Host:
     taints: tuple[Pair, ...] = ()
     smt: bool = False  # two tenants may share a core by hyperthreads
     admission_closed: str = ""
+    limits: tuple[CountedLimit, ...] = ()
     revision: int = field(default=0, metadata=REVISION)
 
 

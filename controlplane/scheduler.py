@@ -79,8 +79,20 @@ def host_state(
         accel=host.accel,
         smt=host.smt,
         cordoned=cordoned,
+        limits=_reported(host, demands, unsettled),
+        guest_limits=tuple((limit.name, limit.left) for limit in host.limits if limit.of_a_guest),
     )
     return loaded(empty, demands, unsettled)
+
+
+def _reported(host: Host, demands: Iterable[Demand], unsettled: Iterable[Demand]) -> dict[str, int]:
+    """What an empty host would have of each counted thing: a report tells what is left beside those it knows."""
+    known = Counter[str]()
+    for demand in demands:
+        known.update(dict(demand.extras))
+    for demand in unsettled:
+        known.subtract(dict(demand.extras))
+    return {limit.name: limit.left + known[limit.name] for limit in host.limits if not limit.of_a_guest}
 
 
 def loaded(

@@ -51,6 +51,10 @@ class Policy:
 DEFAULT_POLICY = Policy()
 
 
+GUEST_TAKES = {"pids": 6, "file_descriptors": 64, "disk_mib": 16}
+"""What an idle guest takes of a host's counted things, its vCPUs' threads apart: as measured by `plan calibrate`."""
+
+
 @dataclass(frozen=True)
 class Demand:
     """What a sandbox asks of a host. Sizes in MiB, CPU in thousandths. `layers` are what it maps and may share: an
@@ -83,7 +87,9 @@ class Demand:
         return Demand(
             sandbox.tenant, spec.sandbox_class, sizes.memory_min_mib, sizes.cpu_milli, spec.image_digest,
             sandbox.layers, sizes.memory_max_mib, sizes.vcpus, spec.cold or bool(spec.checkpoint),
-            spec.rules, group_of(sandbox), expected_mib, fetchable=bool(spec.checkpoint),
+            spec.rules, group_of(sandbox), expected_mib,
+            extras=tuple((name, most + (sizes.vcpus if name == "pids" else 0)) for name, most in GUEST_TAKES.items()),
+            guest_needs=(("pmem_slots", len(sandbox.layers)),), fetchable=bool(spec.checkpoint),
         )  # fmt: skip
 
     @property

@@ -31,7 +31,7 @@ from controlplane.api.channel import TlsFiles, connect, server_credentials, serv
 from controlplane.api.errors import ControlPlaneError
 from controlplane.api.v1 import checkpoints_pb2_grpc, hosts_pb2, hosts_pb2_grpc
 from guestagent.errors import AgentError
-from hostd import doctor, features
+from hostd import doctor, features, limits
 from hostd.admission import GUEST_OVERHEAD_MIB, reserved_mib
 from hostd.authority import OnlyControlPlane
 from hostd.config import Config, load
@@ -111,7 +111,15 @@ class Server:
             taints=self.config.taints,
             smt=smt_is_on(),
             admission_closed=self.sandboxes.broker.closed,
+            limits=self._limits(capacity.disk_free_mib),
         )
+
+    def _limits(self, disk_free_mib: int) -> list[hosts_pb2.CountedLimit]:
+        left = {**limits.counted_left(), "disk_mib": disk_free_mib}
+        counted = [hosts_pb2.CountedLimit(name=name, left=count) for name, count in sorted(left.items())]
+        if slots := self.chosen.pmem_slots:
+            counted.append(hosts_pb2.CountedLimit(name="pmem_slots", left=slots, of_a_guest=True))
+        return counted
 
     async def run(self, stop: asyncio.Event) -> None:
         """Serves until `stop`; then lets go of everything that runs."""

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from controlplane.errors import ConfigError
+from controlplane.scheduler_values import GUEST_TAKES
 
 SCHEMA = 1
 
@@ -37,10 +38,10 @@ class Calibration:
     """The part of its layers that a guest touches."""
     base_shared_mib: float = 0.0
     """What the guests of one image share beside its layers: the template's pages, the VMM's program."""
-    guest_pids: int = 6
-    guest_file_descriptors: int = 64
+    guest_pids: int = GUEST_TAKES["pids"]
+    guest_file_descriptors: int = GUEST_TAKES["file_descriptors"]
     guest_shared_memory_files: int = 2
-    guest_disk_mib: int = 16
+    guest_disk_mib: int = GUEST_TAKES["disk_mib"]
     start_cold_s: float = 4.0
     start_clone_s: float = 0.5
     start_warm_s: float = 0.15

@@ -4,6 +4,7 @@ meant."""
 from __future__ import annotations
 
 import argparse
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,7 +17,7 @@ from controlplane.capacity.cluster import Cluster, Planning, empty_host
 from controlplane.capacity.sizes import parse_milli, parse_range
 from controlplane.capacity.trace import FOREVER, Arrival, Trace, in_order
 from controlplane.capacity.trace_public import openb_hosts
-from controlplane.capacity.workload import Image, Workload
+from controlplane.capacity.workload import Image, Workload, demand_of
 from controlplane.cli import lookup
 from controlplane.cli.command import Shell
 from controlplane.cli.connection import CALL_S, PAGE_SIZE, Fabric, calling, every_page
@@ -108,12 +109,16 @@ def workload_of(name: str, state: State, options: StateOptions) -> Workload:
 async def live(fabric: Fabric, calibration: Calibration, *, measured: bool) -> Cluster:
     """The running fabric's hosts with what runs on each. Unless `measured`, a guest's overhead is what hosts charge."""
     images = await _images(fabric)
-    hosts = [_host(host, calibration, measured) for host in await list_hosts(fabric)]
-    names = {host.name for host in hosts}
+    found = await list_hosts(fabric)
+    names = {host.name for host in found}
     boxes = await lookup.list_sandboxes(fabric, ended=False)
     assigned = tuple(
         (box.assignment.host, workload_of_sandbox(box, images)) for box in boxes if box.assignment.host in names
     )
+    taken = {name: Counter[str]() for name in names}
+    for host, workload in assigned:
+        taken[host].update(dict(demand_of(workload, calibration).extras))
+    hosts = [_host(host, calibration, taken[host.name], measured) for host in found]
     return Cluster(tuple(hosts), {}, (), Planning(), images, assigned)
 
 
@@ -166,14 +171,18 @@ def workload_of_sandbox(box: sandboxes_pb2.Sandbox, images: dict[str, Image]) ->
     )  # fmt: skip
 
 
-def _host(host: hosts_pb2.Host, calibration: Calibration, measured: bool) -> HostState:
+def _host(host: hosts_pb2.Host, calibration: Calibration, taken: Counter[str], measured: bool) -> HostState:
+    """A host without its sandboxes, which take `taken`: what it reports of counted things is left beside them."""
     sizes = host.capacity
+    left = {limit.name: limit.left + taken[limit.name] for limit in host.limits if not limit.of_a_guest}
+    of_a_guest = tuple((limit.name, limit.left) for limit in host.limits if limit.of_a_guest)
     state = empty_host(
         host.name, sizes.memory_mib, sizes.cpu_milli, calibration, reserve_mib=sizes.system_reserve_mib,
-        limits={"disk_mib": sizes.disk_free_mib}, labels=tuple(sorted(host.labels.items())),
+        limits=left, labels=tuple(sorted(host.labels.items())),
         taints=tuple(sorted(map(parse_pair, host.taints))), accel=host.accel, smt=host.smt,
         cordoned=host.state != hosts_pb2.READY,
     )  # fmt: skip
     overhead_mib = calibration.guest_overhead_mib if measured else sizes.vm_overhead_mib
     kinds = frozenset(parse_class(number, "host.classes") for number in host.classes)
-    return replace(state, classes=kinds, capacity=replace(state.capacity, vm_overhead_mib=overhead_mib))
+    capacity = replace(state.capacity, vm_overhead_mib=overhead_mib)
+    return replace(state, classes=kinds, capacity=capacity, guest_limits=of_a_guest)

@@ -13,7 +13,7 @@ from controlplane.edge.rules import parse_labels, parse_taints
 from controlplane.errors import Invalid
 from controlplane.jointokens import DEFAULT_LIFETIME_S, LONGEST_LIFETIME_S
 from controlplane.membership import Blocker, Member, Standing
-from controlplane.model import Capacity, Host, Image, ImageConfig, Layer, Resident
+from controlplane.model import Capacity, CountedLimit, Host, Image, ImageConfig, Layer, Resident
 from controlplane.rules import text_of
 
 DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
@@ -24,6 +24,8 @@ REGISTRY_REFERENCE = re.compile(
 )
 ADDRESS = re.compile(r"(\[[0-9a-fA-F:.]+\]|[A-Za-z0-9._-]+):[0-9]{1,5}")
 MAX_IMAGES = 10_000
+LIMIT_NAME = re.compile(r"[a-z][a-z_]{0,31}")
+MAX_LIMITS = 16
 
 
 def parse_host(message: hosts_pb2.Host, now_s: float) -> Host:
@@ -60,7 +62,16 @@ def parse_host(message: hosts_pb2.Host, now_s: float) -> Host:
         taints=parse_taints("host.taints", message.taints),
         smt=message.smt,
         admission_closed=message.admission_closed[:512],
+        limits=parse_limits(message.limits),
     )  # fmt: skip
+
+
+def parse_limits(messages: Iterable[hosts_pb2.CountedLimit]) -> tuple[CountedLimit, ...]:
+    """What of a host is counted."""
+    limits = tuple(CountedLimit(one.name, one.left, one.of_a_guest) for one in messages)
+    if len(limits) > MAX_LIMITS or not all(LIMIT_NAME.fullmatch(limit.name) for limit in limits):
+        raise Invalid("host.limits", f"at most {MAX_LIMITS}, each name matches {LIMIT_NAME.pattern}")
+    return limits
 
 
 STATES = {
@@ -112,6 +123,7 @@ def render_host(host: Host, member: Member, *, alive: bool, blockers: Iterable[B
         labels=dict(host.labels),
         taints=[text_of(taint) for taint in host.taints],
         smt=host.smt,
+        limits=[hosts_pb2.CountedLimit(name=one.name, left=one.left, of_a_guest=one.of_a_guest) for one in host.limits],
         admission_closed=host.admission_closed,
     )
 

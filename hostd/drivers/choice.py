@@ -25,7 +25,7 @@ from hostd.drivers.oci.mounts import Layers
 from hostd.drivers.oci.network import Links
 from hostd.drivers.qemu.accel import TCG_NOTE, cpu_identity, decide, qemu_version
 from hostd.drivers.qemu.cloning import Cloner
-from hostd.drivers.qemu.command import GuestShape
+from hostd.drivers.qemu.command import MAX_LAYERS, GuestShape
 from hostd.drivers.qemu.driver import QemuDriver
 from hostd.drivers.qemu.plan import GuestKernel
 from hostd.drivers.qemu.template import GuestIdentity
@@ -52,6 +52,7 @@ class Chosen:
     elastic_memory: str = ""  # what it stands on
     classes: tuple[SandboxClass, ...] = (SandboxClass.GUEST_KERNEL,)
     cgroups: Hierarchy | None = None
+    pmem_slots: int = 0  # layers that one guest can have; 0: no bound
 
 
 FAKE_NOTE = "the fake driver runs nothing: sandboxes exist in memory only"
@@ -101,6 +102,7 @@ async def _qemu(config: Config, store: Store, tell: Tell, stack: AsyncExitStack)
         cgroup_version=f"v{cgroups.version}",
         elastic_memory=str(backing),
         cgroups=cgroups,
+        pmem_slots=MAX_LAYERS,
     )
 
 

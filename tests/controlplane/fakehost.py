@@ -65,6 +65,7 @@ class FakeHost(hosts_pb2_grpc.HostRuntimeServicer):
         self.ledger = sandboxes_pb2.SharingLedger()
         self.checkpoints = FakeHostCheckpoints()
         self.memory_mib = 8192
+        self.limits: dict[str, int] = {}
         self.sync: hosts_pb2_grpc.HostSyncAsyncStub
         self.assigned: dict[str, sandboxes_pb2.Sandbox] = {}
         self.listed = asyncio.Event()
@@ -83,6 +84,10 @@ class FakeHost(hosts_pb2_grpc.HostRuntimeServicer):
             runtime_address=self.address,
             image_digests=[image.digest for image in self.images],
             classes=[sandboxes_pb2.GUEST_KERNEL],
+            limits=[
+                hosts_pb2.CountedLimit(name=name, left=left, of_a_guest=name == "pmem_slots")
+                for name, left in self.limits.items()
+            ],
         )  # fmt: skip
 
     async def report(self) -> int:

@@ -14,7 +14,7 @@ from controlplane.api.identity import Role
 from controlplane.api.status import Condition, Failure, parse_error
 from controlplane.api.v1 import hosts_pb2, hosts_pb2_grpc, images_pb2, sandboxes_pb2
 from tests.controlplane.conftest import Client, Configured, Plane, planed
-from tests.controlplane.fakehost import FakeHost
+from tests.controlplane.fakehost import FakeHost, image_of
 
 pb = sandboxes_pb2
 
@@ -80,9 +80,13 @@ async def one_running(plane: Plane, **how: Any) -> AsyncIterator[tuple[Client, F
 
 async def test_a_registered_host_is_seen_with_what_it_has(plane: Plane) -> None:
     host, client = await plane.host(), await plane.client()
+    host.limits = {"pids": 900, "pmem_slots": 32}
     assert await host.report() == 15
     seen = await client.hosts.GetHost(hosts_pb2.GetHostRequest(name="h1"))
     wanted = host.description()
+    assert [(one.name, one.left, one.of_a_guest) for one in seen.limits] == [
+        ("pids", 900, False), ("pmem_slots", 32, True),
+    ]  # fmt: skip
     assert (seen.state, seen.capacity, seen.runtime_address) == (hosts_pb2.READY, wanted.capacity, host.address)
     assert (seen.accel, list(seen.classes), list(seen.image_digests)) == (
         "tcg",
@@ -91,6 +95,23 @@ async def test_a_registered_host_is_seen_with_what_it_has(plane: Plane) -> None:
     )
     assert seen.last_seen.seconds > 0
     assert (await refused(client.hosts.GetHost(hosts_pb2.GetHostRequest(name="h9")))).reason == "HostNotFound"
+
+
+async def test_a_guest_of_more_layers_than_its_host_has_slots_is_refused_by_name(plane: Plane) -> None:
+    host, client = await plane.host(), await plane.client()
+    await client.import_image()
+    layers = len(image_of().layers)
+    host.limits = {"pmem_slots": layers - 1}
+    await host.report()
+    failure = await refused(client.create("wide"))
+    assert (failure.condition, failure.detail("hosts_ShortOfPmemSlots")) == (Condition.EXHAUSTED, "1")
+    host.limits = {"pmem_slots": layers, "pids": 6}  # a guest takes one more, for its vCPU
+    await host.report()
+    failure = await refused(client.create("many"))
+    assert (failure.condition, failure.detail("hosts_ShortOfPids")) == (Condition.EXHAUSTED, "1")
+    host.limits = {"pmem_slots": layers, "pids": 7}
+    await host.report()
+    assert (await client.create("fits")).assignment.host == "h1"
 
 
 async def test_hosts_are_listed_in_pages(plane: Plane) -> None:
@@ -241,10 +262,12 @@ async def test_users_may_not_speak_for_hosts_and_tenants_do_not_see_them(plane: 
         ("host.runtime_address", {"runtime_address": "nowhere"}),
         ("host.image_digests", {"image_digests": ["md5:1"]}),
         ("host.classes", {"classes": [77]}),
+        ("host.limits", {"limits": {"Not a name": 1}}),
     ],
 )
 async def test_a_host_that_describes_itself_wrong_is_told_how(plane: Plane, field: str, change: dict[str, Any]) -> None:
     host = await plane.host()
+    host.limits = change.pop("limits", {})
     wrong = host.description()
     for name, value in change.items():
         if isinstance(value, list):

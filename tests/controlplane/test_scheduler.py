@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from controlplane import scheduler
 from controlplane.model import (
     Capacity,
+    CountedLimit,
     Host,
     LayerSize,
     Phase,
@@ -267,7 +268,8 @@ def test_waiting_makes_sense_only_for_a_host_that_could_take_it_when_it_returns(
 
 
 def test_the_survey_counts_what_lives_and_what_the_host_cannot_know_yet() -> None:
-    host = Host("h", host_state().capacity, "x:1", last_seen_s=100.0, classes=(GUEST,))
+    limits = (CountedLimit("pids", 50), CountedLimit("pmem_slots", 8, of_a_guest=True))
+    host = Host("h", host_state().capacity, "x:1", last_seen_s=100.0, classes=(GUEST,), limits=limits)
     sandboxes = [
         sandbox("a", 100, host="h", status=SandboxStatus(Phase.RUNNING, started_at_s=50.0)),
         sandbox("b", 200, host="h", status=SandboxStatus(Phase.RUNNING, started_at_s=150.0)),  # after the report
@@ -280,6 +282,7 @@ def test_the_survey_counts_what_lives_and_what_the_host_cannot_know_yet() -> Non
     (state,) = scheduler.survey([host], {"h"}, sandboxes, held)
     assert (state.ready, state.promised_mib, state.unsettled_mib) == (True, 600 + 3 * 64, 500 + 2 * 64)
     assert state.cpu_asked_milli == 3000
+    assert (state.limits, state.guest_limits) == ({"pids": 50 - 2 * 7}, (("pmem_slots", 8),))  # it knows of a
     assert state.images == {("t", "sha256:1")}
     assert state.mapped_layers == {("t", "base"), ("t", "one")}
     (lost,) = scheduler.survey([host], set(), sandboxes, held)

@@ -98,6 +98,33 @@ class HostCapacity(_message.Message):
 Global___HostCapacity: _TypeAlias = HostCapacity  # noqa: Y015
 
 @_typing.final
+class CountedLimit(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    LEFT_FIELD_NUMBER: _builtins.int
+    OF_A_GUEST_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """pids, file_descriptors, disk_mib: of the whole host; pmem_slots: of one guest"""
+    left: _builtins.int
+    """beside what everything on the host takes now; of a guest's: how many it can have"""
+    of_a_guest: _builtins.bool
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        left: _builtins.int = ...,
+        of_a_guest: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["left", b"left", "name", b"name", "of_a_guest", b"of_a_guest"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CountedLimit: _TypeAlias = CountedLimit  # noqa: Y015
+
+@_typing.final
 class ResidentObjects(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -171,6 +198,7 @@ class Host(_message.Message):
     LABELS_FIELD_NUMBER: _builtins.int
     TAINTS_FIELD_NUMBER: _builtins.int
     SMT_FIELD_NUMBER: _builtins.int
+    LIMITS_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     state: Global___HostState.ValueType
     accel: _builtins.str
@@ -227,6 +255,10 @@ class Host(_message.Message):
     def taints(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """KEY or KEY=VALUE: keep away who does not tolerate them"""
 
+    @_builtins.property
+    def limits(self) -> _containers.RepeatedCompositeFieldContainer[Global___CountedLimit]:
+        """what is counted beside memory and CPU; what is not here is not bounded"""
+
     def __init__(
         self,
         *,
@@ -254,10 +286,11 @@ class Host(_message.Message):
         labels: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
         taints: _abc.Iterable[_builtins.str] | None = ...,
         smt: _builtins.bool = ...,
+        limits: _abc.Iterable[Global___CountedLimit] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["capacity", b"capacity", "last_seen", b"last_seen"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["accel", b"accel", "admission_closed", b"admission_closed", "blockers", b"blockers", "capacity", b"capacity", "cgroup_version", b"cgroup_version", "classes", b"classes", "elastic_memory", b"elastic_memory", "guest_kernel_version", b"guest_kernel_version", "image_digests", b"image_digests", "isolation_note", b"isolation_note", "kernel_features", b"kernel_features", "kernel_version", b"kernel_version", "labels", b"labels", "last_seen", b"last_seen", "name", b"name", "pools", b"pools", "qemu_version", b"qemu_version", "resident", b"resident", "resource_version", b"resource_version", "runtime_address", b"runtime_address", "sandboxes", b"sandboxes", "smt", b"smt", "state", b"state", "taints", b"taints"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["accel", b"accel", "admission_closed", b"admission_closed", "blockers", b"blockers", "capacity", b"capacity", "cgroup_version", b"cgroup_version", "classes", b"classes", "elastic_memory", b"elastic_memory", "guest_kernel_version", b"guest_kernel_version", "image_digests", b"image_digests", "isolation_note", b"isolation_note", "kernel_features", b"kernel_features", "kernel_version", b"kernel_version", "labels", b"labels", "last_seen", b"last_seen", "limits", b"limits", "name", b"name", "pools", b"pools", "qemu_version", b"qemu_version", "resident", b"resident", "resource_version", b"resource_version", "runtime_address", b"runtime_address", "sandboxes", b"sandboxes", "smt", b"smt", "state", b"state", "taints", b"taints"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

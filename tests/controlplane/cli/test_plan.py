@@ -109,9 +109,16 @@ def test_the_running_fabric_is_a_state(fabric: FakeFabric, cli: Cli) -> None:
         name="loom", state=hosts_pb2.READY, capacity=sizes, classes=[sandboxes_pb2.GUEST_KERNEL], accel="tcg"
     )
     fabric.add("box")
-    data = json.loads(cli.ok("plan", "fit", "debian", "--memory", "256M:1G", "-o", "json"))
+    fit = ("plan", "fit", "debian", "--memory", "256M:1G", "-o", "json")
     one = 256 + 64 + 3
-    assert data["fit"]["total"] == (4096 - 512 - 100 - one) // one
+    assert json.loads(cli.ok(*fit))["fit"]["total"] == (4096 - 512 - 100 - one) // one
+    limits = fabric.hosts["loom"].limits
+    limits.add(name="pids", left=3 * 7 + 6)
+    limits.add(name="pmem_slots", left=1, of_a_guest=True)
+    data = json.loads(cli.ok(*fit))
+    assert (data["fit"]["total"], data["fit"]["hosts"][0]["binding"]) == (3, "pids")  # beside those that run
+    limits[1].left = 0
+    assert "pmem slots of a guest" in cli(*fit[:5]).out
     done = cli("plan", "fit", "nothing", "--memory", "1G")
     assert (done.code, "no class or image nothing" in done.err) == (1, True)
     assert cli("plan", "fit", "debian").code == 2
