@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from google.protobuf.timestamp_pb2 import Timestamp
 
 from controlplane.api.errors import PolicyError
-from controlplane.api.policies import parse_policy
+from controlplane.api.policies import parse_policy, require_servable
 from controlplane.api.services import ServicePolicy
 from controlplane.api.v1 import images_pb2, sandboxes_pb2
 from hostd.errors import InvalidSpec
@@ -94,7 +94,7 @@ def parse_sandbox(sandbox: sandboxes_pb2.Sandbox) -> SandboxSpec:
         checkpoint=spec.checkpoint,
         sandbox_class=sandbox_class,
         network=parse_network(spec.network),
-        services=parse_services(spec.services, sandbox.name),
+        services=parse_services(spec.services, sandbox.name, sandbox_class),
         priority=spec.priority,
         weight=spec.weight or DEFAULT_WEIGHT,
     )
@@ -106,10 +106,12 @@ def parse_network(network: sandboxes_pb2.Network) -> Network:
     return Network(network.mode == sandboxes_pb2.NETWORK_VETH, tuple(rules))
 
 
-def parse_services(message: sandboxes_pb2.ServicePolicy, name: str) -> ServicePolicy:
-    """Who answers sandbox `name`. InvalidSpec."""
+def parse_services(message: sandboxes_pb2.ServicePolicy, name: str, sandbox_class: SandboxClass) -> ServicePolicy:
+    """Who answers sandbox `name`. InvalidSpec, also for what a sandbox of its class cannot have answered so."""
     try:
-        return parse_policy(message)
+        policy = parse_policy(message)
+        require_servable(sandbox_class.value, policy)
+        return policy
     except PolicyError as error:
         raise InvalidSpec(f"sandbox {name}: services: {error}", reason="ServicePolicyInvalid") from error
 

@@ -38,6 +38,8 @@ SERVABLE: dict[str, dict[Service, tuple[Answerer, ...]]] = {
 
 def require_servable(class_name: str, policy: ServicePolicy) -> None:
     """PolicyError that names the first service which a sandbox of this class cannot have answered so, and who can."""
+    if policy.dns is Answerer.DENY and policy.sockets is Answerer.KERNEL:
+        raise PolicyError("dns: deny holds for sockets that are not the kernel's: add sockets: tool, or sockets: deny")
     for service, answerer in policy.answered:
         if answerer in SERVABLE[class_name].get(service, _KERNEL_ONLY):
             continue

@@ -135,6 +135,15 @@ def test_a_service_that_has_no_tool_yet_is_refused_by_name(
         parse_services(sandboxes_pb2.ServicePolicy(), sandbox_class, default)
 
 
+@pytest.mark.parametrize("sandbox_class", SandboxClass)
+def test_names_are_not_refused_where_the_kernel_has_the_sockets(sandbox_class: SandboxClass) -> None:
+    asked = sandboxes_pb2.ServicePolicy(dns=sandboxes_pb2.ANSWER_DENY)
+    with pytest.raises(Invalid, match=r"dns: deny.*sockets: tool"):
+        parse_services(asked, sandbox_class, ALL_KERNEL)
+    for sockets in (Answerer.TOOL, Answerer.DENY):
+        require_servable("guest-kernel", ServicePolicy(sockets=sockets, dns=Answerer.DENY))
+
+
 def test_every_service_has_a_field_and_a_number() -> None:
     for service in Service:
         assert ALL_KERNEL.of(service) is Answerer.KERNEL
