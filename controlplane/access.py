@@ -25,7 +25,7 @@ TABLE: Mapping[str, frozenset[Role]] = {
     **_all(
         "Sandboxes", USERS, "CreateSandbox", "GetSandbox", "ListSandboxes", "WatchSandboxes", "ResizeSandbox",
         "ParkSandbox", "UnparkSandbox", "StopSandbox", "DeleteSandbox", "AttachSandbox", "ExecSandbox", "GetLogs",
-        "GetSharingLedger", "WatchEvents", "ExplainSandbox",
+        "GetSharingLedger", "WatchEvents", "ListUsage", "ExplainSandbox",
     ),
     **_all("Images", USERS, "ImportImage", "PullImage", "GetImage", "ListImages", "DeleteImage"),
     **_all("Pools", USERS, "CreatePool", "GetPool", "ListPools", "ResizePool", "DeletePool"),

@@ -16,6 +16,7 @@ tenants/<tenant>                     Tenant
 quotas/<tenant>                      nothing; written by every decision on the tenant's quota (admission.py)
 uses/<tenant>/<digest>               Use         what sandboxes of an image were measured to use
 events/<time_ns>-<random>            Event
+ledger/<tenant>/<removed_ns>-<uid>   Usage       what a sandbox that is gone was given (usageledger.py)
 sync                                 nothing; written to make a revision of ours (view.py)
 leader                               name of the replica that leads, under its lease; its revision is the term
 """
@@ -28,7 +29,7 @@ SANDBOXES, UIDS, NAMES, REQUESTS = "sandboxes/", "uids/", "names/", "requests/"
 IMAGES, IMAGE_REMOVAL, RESIDENCY = "images/", "image-removal/", "residency/"
 HOSTS, ALIVE, QUOTAS, EVENTS = "hosts/", "alive/", "quotas/", "events/"
 POOLS, TENANTS, MEMBERS, JOINS = "pools/", "tenants/", "members/", "joins/"
-USES = "uses/"
+USES, LEDGER = "uses/", "ledger/"
 
 
 def use(tenant: str, digest: str) -> str:
@@ -142,3 +143,19 @@ def quota_guard(tenant: str) -> str:
 def event(time_ns: int, salt: str) -> str:
     """The key of an event: sorts by time."""
     return f"{EVENTS}{time_ns:020d}-{salt}"
+
+
+def ledger_of(tenant: str) -> str:
+    """Prefix of a tenant's usage records, oldest first."""
+    return f"{LEDGER}{tenant}/"
+
+
+def ledger(tenant: str, removed_ns: int, of: str) -> str:
+    """The key of a removed sandbox's usage, by its uid."""
+    return f"{ledger_of(tenant)}{removed_ns:020d}-{of}"
+
+
+def split_ledger(key: str) -> tuple[str, int]:
+    """(tenant, removed_ns) of such a key."""
+    tenant, _, rest = key.removeprefix(LEDGER).partition("/")
+    return tenant, int(rest.partition("-")[0])

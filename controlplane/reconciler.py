@@ -25,6 +25,7 @@ from controlplane.requests import UsedRequest
 from controlplane.sampling import Sampler
 from controlplane.sandboxes import Sandboxes
 from controlplane.store.contract import Delete, Store
+from controlplane.usageledger import UsageLedger
 from controlplane.view import View
 
 log = logging.getLogger("sandloom.controlplane.reconciler")
@@ -39,7 +40,7 @@ IMAGES_GATHER_S = 0.5
 """The same for images, which nobody waits for and which are looked at as a whole."""
 
 PLACED_AT_ONCE, GIVEN_UP_AT_ONCE = 256, 64
-REQUESTS_S, READ_RECORDS = 3600.0, 500
+REQUESTS_S, USAGE_S, READ_RECORDS = 3600.0, 3600.0, 500
 HOUSE_S = 60.0
 REQUEST_KEPT_S = 24 * 3600.0
 FORGET_DEADLINE_S = 20.0
@@ -62,7 +63,8 @@ class Reconciler:
         self._now_s, self._clock_s = now_s, clock_s
         self._lost_since_s: dict[str, float] = {}
         self._marks: list[tuple[float, int]] = []
-        self._requests_due_s = 0.0
+        self._requests_due_s = self._usage_due_s = 0.0
+        self._usage = UsageLedger(store, now_s=now_s)
         self._sampler = Sampler(store, view, links, now_s=now_s)
 
     async def run(self) -> None:
@@ -198,9 +200,16 @@ class Reconciler:
 
     async def _keep_house(self) -> None:
         await self._events.prune()
+        await self._prune_usage()
         await self._drop_requests()
         await self._joining.drop_expired()
         await self._compact()
+
+    async def _prune_usage(self) -> None:
+        """Looks through all of it, so not at every round."""
+        if self._clock_s() >= self._usage_due_s:
+            await self._usage.prune()
+            self._usage_due_s = self._clock_s() + USAGE_S
 
     async def _drop_requests(self) -> None:
         """Looks through all of them, so not at every round."""

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from controlplane import codec, events, keys, lifecycle, membership, transitions
+from controlplane import codec, events, keys, lifecycle, membership, transitions, usageledger
 from controlplane.errors import NotFound
 from controlplane.model import DesiredState, Event, Sandbox
 from controlplane.store.contract import Delete, Expect, Put, Record, Store, Write
@@ -66,7 +66,7 @@ class Records:
         return stored_sandbox(record) if record else None
 
     async def remove(self, stored: Stored, reason: str, message: str) -> None:
-        """Deletes record, index and name; Conflict when it changed meanwhile."""
+        """Deletes record, index and name, and enters it into the usage ledger; Conflict when it changed meanwhile."""
         sandbox = stored.sandbox
         writes: list[Write] = [Delete(stored.record.key), Delete(keys.uid(sandbox.uid))]
         expect = [stored.expect]
@@ -74,6 +74,7 @@ class Records:
         if name is not None and name.value.decode() == sandbox.uid:
             writes.append(Delete(name.key))
             expect.append(Expect(name.key, name.mod_revision))
+        writes += usageledger.entries(sandbox, self._now_s())
         await self._store.commit([*writes, self.event(sandbox, reason, message)], expect)
 
     async def give_up(self, stored: Stored, reason: str, message: str) -> None:

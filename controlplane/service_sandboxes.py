@@ -22,6 +22,7 @@ from controlplane.records import Records
 from controlplane.sandboxes import Sandboxes
 from controlplane.service_streams import StreamMethods, Streams
 from controlplane.store.contract import Store
+from controlplane.usageledger import Usage
 
 
 class SandboxesService(StreamMethods, sandboxes_pb2_grpc.SandboxesServicer):
@@ -75,6 +76,18 @@ class SandboxesService(StreamMethods, sandboxes_pb2_grpc.SandboxesServicer):
                 next_page_token=listed.next_token,
                 resource_version=listed.revision,
             )
+
+    async def ListUsage(
+        self, request: sandboxes_pb2.ListUsageRequest, context: Context
+    ) -> sandboxes_pb2.ListUsageResponse:
+        """See sandboxes.proto."""
+        async with self._gate.admit(context) as caller:
+            listed = await list_page(
+                self._store, Usage, keys.ledger_of(caller.tenant), page_size=request.page_size,
+                page_token=request.page_token, of=f"usage/{caller.tenant}",
+            )  # fmt: skip
+            rows = [news.render_usage(usage) for usage in listed.values]
+            return sandboxes_pb2.ListUsageResponse(usage=rows, next_page_token=listed.next_token)
 
     async def WatchSandboxes(
         self, request: sandboxes_pb2.WatchSandboxesRequest, context: Context

@@ -29,6 +29,7 @@ from controlplane.cli import (
     sandboxes,
     share,
     tenants,
+    usage,
     version,
 )
 from controlplane.cli.command import AnyCommand
@@ -90,6 +91,7 @@ ALL: tuple[AnyCommand, ...] = (
     contextcommands.ADD,
     contextcommands.RM,
     events.COMMAND,
+    usage.COMMAND,
     plan.COMMAND,
     planreplay.COMMAND,
     planrightsize.COMMAND,

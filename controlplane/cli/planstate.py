@@ -23,9 +23,10 @@ from controlplane.cli.command import Shell
 from controlplane.cli.connection import CALL_S, PAGE_SIZE, Fabric, calling, every_page
 from controlplane.cli.devup import list_hosts
 from controlplane.cli.errors import CliError, UsageError
+from controlplane.cli.usage import lived
 from controlplane.edge.enums import parse_class
 from controlplane.errors import ConfigError
-from controlplane.model import LayerSize
+from controlplane.model import LayerSize, SandboxClass
 from controlplane.rules import parse_pair
 from controlplane.scheduler_values import HostState
 
@@ -125,15 +126,15 @@ async def live(fabric: Fabric, calibration: Calibration, *, measured: bool) -> C
 async def recorded(fabric: Fabric) -> Trace:
     """The demand that the fabric's own records tell of: when each sandbox was created, and when it ended."""
     images = await _images(fabric)
-    boxes = await lookup.list_sandboxes(fabric, ended=True)
-    begun = {box.uid: box.created_at.ToNanoseconds() / 1e9 for box in boxes}
-    first_s = min(begun.values(), default=0.0)
+    spans = await lived(fabric)
+    first_s = min((span.created_at_s for span in spans), default=0.0)
     arrivals = []
-    for box in boxes:
-        ended = box.status.HasField("finished_at")
-        lasted_s = max(0.0, box.status.finished_at.ToNanoseconds() / 1e9 - begun[box.uid]) if ended else FOREVER
-        arrivals.append(Arrival(begun[box.uid] - first_s, lasted_s, box.name, workload_of_sandbox(box, images)))
-    return in_order(arrivals, "the fabric's own records of sandboxes; what was removed is not among them")
+    for span in spans:
+        lasted_s = FOREVER if span.ended_at_s is None else max(0.0, span.ended_at_s - span.created_at_s)
+        image = images.get(span.image, Image(span.image))
+        workload = _workload(span.resources, image, parse_class(span.kind, "class"), span.tenant)
+        arrivals.append(Arrival(span.created_at_s - first_s, lasted_s, span.name, workload))
+    return in_order(arrivals, "the fabric's own records: its sandboxes, and the usage ledger of those that are gone")
 
 
 async def samples_now(fabric: Fabric) -> list[tuple[str, float]]:
@@ -162,12 +163,14 @@ async def _images(fabric: Fabric) -> dict[str, Image]:
 
 def workload_of_sandbox(box: sandboxes_pb2.Sandbox, images: dict[str, Image]) -> Workload:
     """A recorded sandbox as a class of its own kind."""
-    sizes = box.spec.resources
     image = images.get(box.spec.image, Image(box.spec.image))
-    kind = parse_class(getattr(box.spec, "class"), "class")
+    return _workload(box.spec.resources, image, parse_class(getattr(box.spec, "class"), "class"), box.tenant)
+
+
+def _workload(sizes: sandboxes_pb2.Resources, image: Image, kind: SandboxClass, tenant: str) -> Workload:
+    most_mib = max(sizes.memory_max_mib, sizes.memory_min_mib)
     return Workload(
-        box.spec.image, sizes.memory_min_mib, max(sizes.memory_max_mib, sizes.memory_min_mib), sizes.cpu_milli, image,
-        box.tenant or "default", kind,
+        image.name, sizes.memory_min_mib, most_mib, sizes.cpu_milli, image, tenant or "default", kind
     )  # fmt: skip
 
 

@@ -99,11 +99,11 @@ def parse_pairs(texts: Sequence[str], flag: str) -> dict[str, str]:
 
 
 def parse_duration_s(text: str) -> float:
-    """Seconds of `10`, `1.5`, `90s`, `2m`; 0 is allowed. UsageError otherwise."""
-    match = re.fullmatch(r"([0-9]{1,7}(?:\.[0-9]{1,3})?)(s|m|h)?", text, re.ASCII)
+    """Seconds of `10`, `1.5`, `90s`, `2m`, `7d`; 0 is allowed. UsageError otherwise."""
+    match = re.fullmatch(r"([0-9]{1,7}(?:\.[0-9]{1,3})?)(s|m|h|d)?", text, re.ASCII)
     if match is None:
         raise UsageError("not a time", repr(text), "write it as 10, 1.5, 90s or 2m (seconds without a unit)")
-    return float(match[1]) * {None: 1, "s": 1, "m": 60, "h": 3600}[match[2]]
+    return float(match[1]) * {None: 1, "s": 1, "m": 60, "h": 3600, "d": 86_400}[match[2]]
 
 
 def format_bytes(size_bytes: int) -> str:

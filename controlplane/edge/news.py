@@ -1,14 +1,15 @@
-"""Between sandloom.v1's events (of watches and of the event log) and values. Pure."""
+"""Between sandloom.v1's events (of watches, of the event log) and usage records, and values. Pure."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
 from controlplane.api.v1 import sandboxes_pb2
-from controlplane.edge.enums import seconds, timestamp
-from controlplane.edge.sandboxes import MAX_STATUS_CHARS, render_assignment, render_sandbox
+from controlplane.edge.enums import CLASSES, seconds, timestamp
+from controlplane.edge.sandboxes import MAX_STATUS_CHARS, render_assignment, render_resources, render_sandbox
 from controlplane.errors import Invalid
 from controlplane.model import Event, Sandbox
+from controlplane.usageledger import Usage
 from controlplane.watching import Gone, Put, Told
 
 
@@ -35,6 +36,17 @@ def render_event(event: Event) -> sandboxes_pb2.Event:
         message=event.message,
         host=event.host,
     )
+
+
+def render_usage(usage: Usage) -> sandboxes_pb2.Usage:
+    """An entry of the usage ledger."""
+    message = sandboxes_pb2.Usage(
+        name=usage.name, uid=usage.uid, tenant=usage.tenant, image=usage.image,
+        resources=render_resources(usage.resources), created_at=timestamp(usage.created_at_s),
+        started_at=timestamp(usage.started_at_s), ended_at=timestamp(usage.ended_at_s),
+    )  # fmt: skip
+    setattr(message, "class", CLASSES[usage.sandbox_class])
+    return message
 
 
 def render_told(told: Told) -> sandboxes_pb2.SandboxEvent:

@@ -6,11 +6,11 @@ import hashlib
 from collections.abc import Iterable
 
 from controlplane import codec
-from controlplane.api.v1 import pools_pb2, sandboxes_pb2
+from controlplane.api.v1 import pools_pb2
 from controlplane.edge.enums import CLASSES, parse_class, timestamp
-from controlplane.edge.sandboxes import REQUEST_ID, parse_name, parse_resources
+from controlplane.edge.sandboxes import REQUEST_ID, parse_name, parse_resources, render_resources
 from controlplane.errors import Invalid
-from controlplane.model import Pool, PoolSpec, Resources, SandboxClass
+from controlplane.model import Pool, PoolSpec, SandboxClass
 from controlplane.poolspread import PoolShare, PoolState
 from controlplane.requests import PoolCreation
 
@@ -51,7 +51,7 @@ def render_pool(state: PoolState) -> pools_pb2.Pool:
     spec = pools_pb2.PoolSpec(
         image=pool.spec.image,
         image_digest=pool.spec.image_digest,
-        resources=_render_resources(pool.spec.resources),
+        resources=render_resources(pool.spec.resources),
         size=pool.spec.size,
     )
     setattr(spec, "class", CLASSES[pool.spec.sandbox_class])
@@ -86,17 +86,8 @@ def _render_share(share: PoolShare) -> pools_pb2.PoolAssignment:
         name=pool.name,
         tenant=pool.tenant,
         image_digest=pool.spec.image_digest,
-        resources=_render_resources(pool.spec.resources),
+        resources=render_resources(pool.spec.resources),
         wanted=share.wanted,
     )
     setattr(message, "class", CLASSES[pool.spec.sandbox_class])
     return message
-
-
-def _render_resources(sizes: Resources) -> sandboxes_pb2.Resources:
-    return sandboxes_pb2.Resources(
-        memory_min_mib=sizes.memory_min_mib,
-        memory_max_mib=sizes.memory_max_mib,
-        memory_mib=sizes.memory_mib,
-        cpu_milli=sizes.cpu_milli,
-    )

@@ -272,17 +272,22 @@ def render_process(process: Process) -> sandboxes_pb2.Process:
     )
 
 
+def render_resources(resources: Resources) -> sandboxes_pb2.Resources:
+    """Its sizes."""
+    return sandboxes_pb2.Resources(
+        memory_min_mib=resources.memory_min_mib,
+        memory_max_mib=resources.memory_max_mib,
+        memory_mib=resources.memory_mib,
+        cpu_milli=resources.cpu_milli,
+    )
+
+
 def render_spec(spec: SandboxSpec) -> sandboxes_pb2.SandboxSpec:
     """What was asked for."""
     message = sandboxes_pb2.SandboxSpec(
         image=spec.image,
         image_digest=spec.image_digest,
-        resources=sandboxes_pb2.Resources(
-            memory_min_mib=spec.resources.memory_min_mib,
-            memory_max_mib=spec.resources.memory_max_mib,
-            memory_mib=spec.resources.memory_mib,
-            cpu_milli=spec.resources.cpu_milli,
-        ),
+        resources=render_resources(spec.resources),
         process=render_process(spec.process),
         remove_on_exit=spec.remove_on_exit,
         cold=spec.cold,

@@ -104,6 +104,11 @@ class SandboxesStub:
                 request_serializer=controlplane_dot_api_dot_v1_dot_sandboxes__pb2.ExplainSandboxRequest.SerializeToString,
                 response_deserializer=controlplane_dot_api_dot_v1_dot_sandboxes__pb2.Explanation.FromString,
                 _registered_method=True)
+        self.ListUsage = channel.unary_unary(
+                '/sandloom.v1.Sandboxes/ListUsage',
+                request_serializer=controlplane_dot_api_dot_v1_dot_sandboxes__pb2.ListUsageRequest.SerializeToString,
+                response_deserializer=controlplane_dot_api_dot_v1_dot_sandboxes__pb2.ListUsageResponse.FromString,
+                _registered_method=True)
         self.WatchEvents = channel.unary_stream(
                 '/sandloom.v1.Sandboxes/WatchEvents',
                 request_serializer=controlplane_dot_api_dot_v1_dot_sandboxes__pb2.WatchEventsRequest.SerializeToString,
@@ -229,6 +234,14 @@ class SandboxesServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ListUsage(self, request, context):
+        """Read only: what sandboxes that are gone were given, oldest first, for 30 days. A sandbox is here from the commit
+        that removes it on, and in ListSandboxes until then.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def WatchEvents(self, request, context):
         """Read only stream of what happened, oldest kept first; `follow` keeps going.
         """
@@ -308,6 +321,11 @@ def add_SandboxesServicer_to_server(servicer, server):
                     servicer.ExplainSandbox,
                     request_deserializer=controlplane_dot_api_dot_v1_dot_sandboxes__pb2.ExplainSandboxRequest.FromString,
                     response_serializer=controlplane_dot_api_dot_v1_dot_sandboxes__pb2.Explanation.SerializeToString,
+            ),
+            'ListUsage': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListUsage,
+                    request_deserializer=controlplane_dot_api_dot_v1_dot_sandboxes__pb2.ListUsageRequest.FromString,
+                    response_serializer=controlplane_dot_api_dot_v1_dot_sandboxes__pb2.ListUsageResponse.SerializeToString,
             ),
             'WatchEvents': grpc.unary_stream_rpc_method_handler(
                     servicer.WatchEvents,
@@ -693,6 +711,33 @@ class Sandboxes:
             '/sandloom.v1.Sandboxes/ExplainSandbox',
             controlplane_dot_api_dot_v1_dot_sandboxes__pb2.ExplainSandboxRequest.SerializeToString,
             controlplane_dot_api_dot_v1_dot_sandboxes__pb2.Explanation.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListUsage(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/sandloom.v1.Sandboxes/ListUsage',
+            controlplane_dot_api_dot_v1_dot_sandboxes__pb2.ListUsageRequest.SerializeToString,
+            controlplane_dot_api_dot_v1_dot_sandboxes__pb2.ListUsageResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -91,6 +91,10 @@ class SandboxesStub:
     """Read only. Why a sandbox is where it is, as recorded when it was placed; or, while it has no host, what each host
     lacks now. Hosts by name are for operators: a tenant gets how many lack what.
     """
+    ListUsage: _grpc.UnaryUnaryMultiCallable[_sandboxes_pb2.ListUsageRequest, _sandboxes_pb2.ListUsageResponse]
+    """Read only: what sandboxes that are gone were given, oldest first, for 30 days. A sandbox is here from the commit
+    that removes it on, and in ListSandboxes until then.
+    """
     WatchEvents: _grpc.UnaryStreamMultiCallable[_sandboxes_pb2.WatchEventsRequest, _sandboxes_pb2.Event]
     """Read only stream of what happened, oldest kept first; `follow` keeps going."""
 
@@ -151,6 +155,10 @@ class SandboxesAsyncStub(SandboxesStub):
     ExplainSandbox: _aio.UnaryUnaryMultiCallable[_sandboxes_pb2.ExplainSandboxRequest, _sandboxes_pb2.Explanation]  # type: ignore[assignment]
     """Read only. Why a sandbox is where it is, as recorded when it was placed; or, while it has no host, what each host
     lacks now. Hosts by name are for operators: a tenant gets how many lack what.
+    """
+    ListUsage: _aio.UnaryUnaryMultiCallable[_sandboxes_pb2.ListUsageRequest, _sandboxes_pb2.ListUsageResponse]  # type: ignore[assignment]
+    """Read only: what sandboxes that are gone were given, oldest first, for 30 days. A sandbox is here from the commit
+    that removes it on, and in ListSandboxes until then.
     """
     WatchEvents: _aio.UnaryStreamMultiCallable[_sandboxes_pb2.WatchEventsRequest, _sandboxes_pb2.Event]  # type: ignore[assignment]
     """Read only stream of what happened, oldest kept first; `follow` keeps going."""
@@ -293,6 +301,16 @@ class SandboxesServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_sandboxes_pb2.Explanation, _abc.Awaitable[_sandboxes_pb2.Explanation]]:
         """Read only. Why a sandbox is where it is, as recorded when it was placed; or, while it has no host, what each host
         lacks now. Hosts by name are for operators: a tenant gets how many lack what.
+        """
+
+    @_abc_1.abstractmethod
+    def ListUsage(
+        self,
+        request: _sandboxes_pb2.ListUsageRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_sandboxes_pb2.ListUsageResponse, _abc.Awaitable[_sandboxes_pb2.ListUsageResponse]]:
+        """Read only: what sandboxes that are gone were given, oldest first, for 30 days. A sandbox is here from the commit
+        that removes it on, and in ListSandboxes until then.
         """
 
     @_abc_1.abstractmethod

@@ -123,6 +123,7 @@ class FakeFabric(
         self.checkpoints = FakeCheckpoints(self)
         self.programs: dict[str, Program] = {}
         self.sandboxes: dict[str, sandboxes_pb2.Sandbox] = {}
+        self.usage: list[sandboxes_pb2.Usage] = []
         self.processes: dict[str, FakeProcess] = {}
         self.images: dict[str, images_pb2.Image] = {
             "debian": images_pb2.Image(name="debian", digest="sha256:" + "a" * 64)
@@ -236,6 +237,12 @@ class FakeFabric(
         at = int(request.page_token or 0)
         token = str(at + 2) if at + 2 < len(rows) else ""
         return sandboxes_pb2.ListSandboxesResponse(sandboxes=rows[at : at + 2], next_page_token=token)
+
+    def ListUsage(self, request: Any, context: Any) -> sandboxes_pb2.ListUsageResponse:
+        """Pages of two, so that paging is used."""
+        at = int(request.page_token or 0)
+        token = str(at + 2) if at + 2 < len(self.usage) else ""
+        return sandboxes_pb2.ListUsageResponse(usage=self.usage[at : at + 2], next_page_token=token)
 
     def ResizeSandbox(self, request: Any, context: Any) -> sandboxes_pb2.Sandbox:
         self._called("ResizeSandbox", request, context)

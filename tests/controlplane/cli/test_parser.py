@@ -144,13 +144,13 @@ def test_sizes_are_read_with_three_digits(size: int, text: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "seconds"), [("10", 10.0), ("1.5", 1.5), ("90s", 90.0), ("2m", 120.0), ("1h", 3600.0)]
+    ("text", "seconds"), [("10", 10.0), ("1.5", 1.5), ("90s", 90.0), ("2m", 120.0), ("1h", 3600.0), ("7d", 604_800.0)]
 )
 def test_times(text: str, seconds: float) -> None:
     assert sizes.parse_duration_s(text) == seconds
 
 
-@pytest.mark.parametrize("text", ["", "-1", "1d", "x", "1e3", "٣"])
+@pytest.mark.parametrize("text", ["", "-1", "1w", "x", "1e3", "٣"])
 def test_times_that_are_none(text: str) -> None:
     with pytest.raises(UsageError):
         sizes.parse_duration_s(text)
