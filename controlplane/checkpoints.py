@@ -110,10 +110,9 @@ class Checkpoints:
         if found:
             return found[0]
         if listed.silent:
-            silent = ", ".join(listed.silent)
-            raise Unavailable(
-                "HostUnreachable", f"no checkpoint {name} where it was looked for; {silent} did not answer"
-            )
+            silent = f"{len(listed.silent)} host{'s' if len(listed.silent) != 1 else ''}"
+            text = f"no checkpoint {name} where it was looked for, but {silent} did not answer"
+            raise Unavailable("HostUnreachable", text)
         raise NotFound("CheckpointNotFound", f"there is no checkpoint {name}", checkpoint=name)
 
     async def delete(self, tenant: str, name: str, *, allow_missing: bool) -> None:

@@ -20,6 +20,7 @@ __all__ = [
     "ControlPlaneError",
     "Denied",
     "Exhausted",
+    "HostsFull",
     "IdentityError",
     "Invalid",
     "NotFound",
@@ -50,6 +51,10 @@ class OperationError(ControlPlaneError):
     def failure(self) -> Failure:
         """The value that goes on the wire."""
         return Failure(self.condition, self.reason, str(self), self.details)
+
+    def failure_for(self, *, operator: bool) -> Failure:
+        """The same for who asked: see HostsFull."""
+        return self.failure()
 
 
 class Invalid(OperationError):
@@ -87,6 +92,21 @@ class Exhausted(OperationError):
     """Not enough of something; the numbers are in message and details."""
 
     condition = Condition.EXHAUSTED
+
+
+class HostsFull(Exhausted):
+    """No host has room. Hosts are not a tenant's: it is told the text and the numbers here, which name none and tell no
+    host's sizes; an operator is told `whole` and `numbers`, too."""
+
+    def __init__(self, message: str, whole: str, numbers: dict[str, int], **details: object) -> None:
+        super().__init__("NoHostHasRoom", message, **details)
+        self._whole, self._numbers = whole, tuple((name, str(value)) for name, value in numbers.items())
+
+    def failure_for(self, *, operator: bool) -> Failure:
+        """See the class."""
+        if not operator:
+            return self.failure()
+        return Failure(self.condition, self.reason, self._whole, self.details + self._numbers)
 
 
 class Denied(OperationError):

@@ -14,6 +14,9 @@ from controlplane.model import DesiredState, Phase, Sandbox
 from controlplane.scheduler import DEFAULT_POLICY, HostState, Policy, Refusal
 from controlplane.scheduler_values import Score
 
+HOST_PARTS = frozenset({"strain", "fit"})
+"""Which parts of a score tell how much of a host is promised to others (scheduler_values.Score.parts)."""
+
 
 @dataclass(frozen=True)
 class Verdict:
@@ -92,5 +95,9 @@ def _message(sandbox: Sandbox, fitting: int, hosts: int) -> str:
 
 
 def for_tenant(explained: Explanation) -> Explanation:
-    """The same without other hosts by name."""
-    return replace(explained, verdicts=())
+    """The same without other hosts by name, and without what its own had left."""
+    sandbox = explained.sandbox
+    if sandbox.placed is not None:
+        parts = tuple(part for part in sandbox.placed.parts if part[0] not in HOST_PARTS)
+        sandbox = replace(sandbox, placed=replace(sandbox.placed, parts=parts))
+    return replace(explained, sandbox=sandbox, verdicts=())

@@ -81,15 +81,17 @@ class Gate(Interceptor):
         task = asyncio.current_task()
         assert task is not None
         self._open.add(task)
+        operator = False
         try:
             caller = self._caller(context)
+            operator = caller.is_operator
             if self._closing:
                 raise _stopping()
             unbounded = stream or context.time_remaining() is not None
             async with asyncio.timeout(None if unbounded else self.unary_deadline_s):
                 yield caller
         except (OperationError, ControlPlaneError) as error:
-            await abort(context, failure_of(error))
+            await abort(context, failure_of(error, operator=operator))
         except grpc.aio.AioRpcError as error:
             await abort(context, parse_error(error))
         except DecodeError:  # of a later message of a stream
@@ -225,9 +227,9 @@ def _stopping() -> Unavailable:
     return Unavailable("ServerStopping", "this control plane is stopping: connect again")
 
 
-def failure_of(error: ControlPlaneError) -> Failure:
-    """What goes on the wire for one of our errors."""
+def failure_of(error: ControlPlaneError, *, operator: bool = False) -> Failure:
+    """What goes on the wire for one of our errors; an operator is told of hosts."""
     if isinstance(error, OperationError):
-        return error.failure()
+        return error.failure_for(operator=operator)
     condition = Condition.UNAUTHENTICATED if isinstance(error, IdentityError) else Condition.INTERNAL
     return Failure(condition, type(error).__name__, str(error))

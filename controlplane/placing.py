@@ -1,11 +1,11 @@
-"""A sandbox as the present view places it: on a host and why, PENDING when it may wait, or Exhausted. No I/O."""
+"""A sandbox as the present view places it: on a host and why, PENDING when it may wait, or HostsFull. No I/O."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 
 from controlplane import scheduler, transitions
-from controlplane.errors import Exhausted
+from controlplane.errors import HostsFull
 from controlplane.model import Placed, Sandbox, SandboxStatus
 from controlplane.scheduler import Decision, Demand, Placement
 from controlplane.view import View
@@ -20,7 +20,7 @@ def demand_on(view: View, sandbox: Sandbox) -> Demand:
 
 
 def placed(view: View, sandbox: Sandbox) -> Sandbox:
-    """The sandbox placed; PENDING when it may wait. Exhausted with numbers. One that has an `only_host` goes there or
+    """The sandbox placed; PENDING when it may wait. HostsFull with numbers. One that has an `only_host` goes there or
     nowhere, and does not wait."""
     only = sandbox.only_host
     demand = demand_on(view, sandbox)
@@ -28,15 +28,18 @@ def placed(view: View, sandbox: Sandbox) -> Sandbox:
     if decision.placement is not None:
         return assigned(view, sandbox, demand, decision.placement)
     if decision.may_wait and not only:
-        why = scheduler.summary(decision.refusals) or "no host has registered yet"
-        return replace(sandbox, status=SandboxStatus(reason="NoHost", message=f"waiting for a host: {why}"))
+        why = scheduler.counts(decision.refusals) or "no host has registered yet"
+        text = f"waiting for a host: {why} (`sandloom explain {sandbox.name}` says what there is to say)"
+        return replace(sandbox, status=SandboxStatus(reason="NoHost", message=text))
     states = [state for state in view.survey() if only in ("", state.name)]
     room = max((state.room_mib for state in states if state.ready), default=0)
-    raise Exhausted(
-        "NoHostHasRoom",
-        f"no host can take sandbox {sandbox.name}: {scheduler.summary(decision.refusals)}",
-        needed_mib=sandbox.spec.resources.memory_min_mib,
-        most_room_mib=max(0, room),
+    text, sizes = f"no host can take sandbox {sandbox.name}", sandbox.spec.resources
+    raise HostsFull(
+        f"{text} ({sizes.memory_min_mib} MiB guaranteed, {sizes.cpu_milli / 1000:g} CPUs):"
+        f" {scheduler.counts(decision.refusals) or 'no host has registered yet'}",
+        f"{text}: {scheduler.summary(decision.refusals) or 'no host has registered yet'}",
+        {"most_room_mib": max(0, room)},
+        needed_mib=sizes.memory_min_mib,
         **{f"hosts_{reason}": count for reason, count in scheduler.by_reason(decision.refusals).items()},
     )
 

@@ -14,7 +14,7 @@ from dataclasses import replace
 from controlplane import codec, lifecycle, scheduler, transitions
 from controlplane.admission import Admission, Guard
 from controlplane.creating import Creator
-from controlplane.errors import Conflict, Exhausted, NotFound, Precondition
+from controlplane.errors import Conflict, HostsFull, NotFound, Precondition
 from controlplane.explaining import Explanation, explain
 from controlplane.images import Images
 from controlplane.leadership import Leadership, OnlyOne
@@ -77,7 +77,7 @@ class Sandboxes:
         return await self._change(tenant, name, change, "ResizeAsked", _told_sizes, counted=True)
 
     def _require_room(self, before: Sandbox, after: Sandbox) -> None:
-        """Exhausted when the host cannot guarantee the larger minimum."""
+        """HostsFull when the host cannot guarantee the larger minimum."""
         more_mib = after.spec.resources.memory_min_mib - before.spec.resources.memory_min_mib
         view = self._view
         host = view.hosts.get(before.host)
@@ -85,12 +85,13 @@ class Sandboxes:
             return
         state = scheduler.host_state(host, True, view.on_host(before.host), ())
         if more_mib > state.unpromised_mib:
-            raise Exhausted(
-                "NoHostHasRoom",
-                f"host {before.host} cannot guarantee {more_mib} MiB more to sandbox {before.name}:"
-                f" {max(0, state.unpromised_mib)} MiB are not promised",
+            text = f"host {before.host} cannot guarantee {more_mib} MiB more to sandbox {before.name}"
+            room_mib = max(0, state.unpromised_mib)
+            raise HostsFull(
+                f"{text}: that much is not left of its memory; ask for a lower minimum",
+                f"{text}: {room_mib} MiB are not promised",
+                {"room_mib": room_mib},
                 needed_mib=more_mib,
-                room_mib=max(0, state.unpromised_mib),
                 limit="host-capacity",
             )
 

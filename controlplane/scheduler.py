@@ -207,6 +207,12 @@ def summary(refusals: Iterable[Refusal], most: int = 4) -> str:
     return "; ".join(texts[:most]) + more
 
 
+def counts(refusals: Iterable[Refusal]) -> str:
+    """The refusals for who may not know hosts: what binds, and on how many of them, the most frequent first."""
+    found = sorted(by_reason(refusals).items(), key=lambda item: (-item[1], item[0]))
+    return ", ".join(f"{reason} on {number} host{'s' if number != 1 else ''}" for reason, number in found)
+
+
 def by_reason(refusals: Iterable[Refusal]) -> Mapping[str, int]:
     """How many hosts refused for each reason."""
     counts: dict[str, int] = {}

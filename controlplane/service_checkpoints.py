@@ -31,7 +31,9 @@ class CheckpointsService(checkpoints_pb2_grpc.CheckpointsServicer):
         async with self._gate.admit(context) as caller:
             listed = await self._checkpoints.listed(caller.tenant)
             return checkpoints_pb2.ListCheckpointsResponse(
-                checkpoints=[edge.render_checkpoint(each) for each in listed.checkpoints], silent_hosts=listed.silent
+                checkpoints=[edge.render_checkpoint(each) for each in listed.checkpoints],
+                silent_hosts=listed.silent if caller.is_operator else (),
+                silent=len(listed.silent),
             )
 
     async def DeleteCheckpoint(

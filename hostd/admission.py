@@ -1,4 +1,7 @@
-"""May one more sandbox start here now? Pure: numbers in, nothing or an error with the numbers out."""
+"""May one more sandbox start here now? Pure: numbers in, nothing or an error out.
+
+The error says by how much it is too much, and not what the host has or has promised: it becomes the sandbox's status,
+which its tenant reads. Operators read a host's sizes in `sandloom hosts -o wide`."""
 
 from __future__ import annotations
 
@@ -35,15 +38,14 @@ def reserved_mib(live: Iterable[Resources]) -> int:
 
 
 def admit(host: HostNow, live: Iterable[Resources], wanted: Resources) -> None:
-    """ShortOfResources, with what is asked, there and promised, when `wanted` must not start."""
+    """ShortOfResources, with what is asked and by how much it is too much, when `wanted` must not start."""
     promised = reserved_mib(live)
     need = wanted.memory_min_mib + GUEST_OVERHEAD_MIB
     room = host.memory_total_mib - host.memory_reserve_mib - promised
     if need > room:
         raise ShortOfResources(
             f"short of memory: {need} MiB needed ({wanted.memory_min_mib} guaranteed + {GUEST_OVERHEAD_MIB} overhead),"
-            f" {max(0, room)} MiB not promised (total {host.memory_total_mib}, reserve {host.memory_reserve_mib},"
-            f" promised {promised}): stop a sandbox, or ask for a lower minimum",
+            f" {need - max(0, room)} MiB too many: stop a sandbox, or ask for a lower minimum",
             reason="ShortOfMemory",
         )
     if host.closed:
@@ -52,8 +54,8 @@ def admit(host: HostNow, live: Iterable[Resources], wanted: Resources) -> None:
     usable = host.memory_available_mib - host.memory_reserve_mib
     if need > usable:
         raise ShortOfResources(
-            f"short of memory: {need} MiB needed, {max(0, usable)} MiB available now above the reserve of"
-            f" {host.memory_reserve_mib} MiB: free some on the host, or ask for a lower minimum",
+            f"short of memory: {need} MiB needed, {need - max(0, usable)} MiB more than is available now: free some on"
+            " the host, or ask for a lower minimum",
             reason="ShortOfMemory",
             passing=True,
         )

@@ -111,8 +111,9 @@ def act_ls(options: NamesOptions, shell: Shell) -> int:
     listed = shell.over(list_checkpoints)
     rows = list(listed.checkpoints)
     shell.printer.listing(rows, columns(shell.now_s()), name=lambda row: row.name, data=plain)
-    if listed.silent_hosts:
-        shell.say(f"sandloom: note: not asked, for they do not answer: {', '.join(listed.silent_hosts)}")
+    if listed.silent:
+        who = ", ".join(listed.silent_hosts) or f"{listed.silent} host{'s' if listed.silent != 1 else ''}"
+        shell.say(f"sandloom: note: what hosts have that do not answer is not here: {who}")
     if not rows and shell.printer.form in ("table", "wide"):
         shell.say("none yet; `sandloom checkpoint SANDBOX` makes one")
     return 0

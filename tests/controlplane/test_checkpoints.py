@@ -157,10 +157,22 @@ async def test_what_the_host_refuses_is_told_as_it_is(world: Scene) -> None:
 async def test_a_host_that_does_not_answer_is_named(world: Scene) -> None:
     world.host.checkpoints.silent = True
     answer = await world.stub.ListCheckpoints(checkpoints_pb2.ListCheckpointsRequest(), timeout=10)
-    assert list(answer.silent_hosts) == ["h1"]
+    assert (list(answer.silent_hosts), answer.silent) == (["h1"], 1)
     with pytest.raises(grpc.aio.AioRpcError) as caught:
         await world.restore()
     assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
+
+
+async def test_a_tenant_is_told_how_many_hosts_do_not_answer_and_not_which(world: Scene, plane: Plane) -> None:
+    world.host.checkpoints.silent = True
+    stub = checkpoints_pb2_grpc.CheckpointsStub((await plane.client(Role.TENANT, "acme")).channel)
+    answer = await stub.ListCheckpoints(checkpoints_pb2.ListCheckpointsRequest(), timeout=10)
+    assert (list(answer.silent_hosts), answer.silent) == ([], 1)
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await stub.DeleteCheckpoint(checkpoints_pb2.DeleteCheckpointRequest(name="warm"), timeout=10)
+    failure = parse_error(caught.value)
+    assert failure.condition is Condition.UNAVAILABLE and "1 host did not answer" in failure.message
+    assert "h1" not in failure.message
 
 
 async def test_forks_are_all_there(world: Scene) -> None:

@@ -76,6 +76,62 @@ async def test_a_tenant_is_told_of_no_host_but_its_own(plane: Plane) -> None:
     assert parse_error(caught.value).condition is Condition.NOT_FOUND
 
 
+SIZES = ("8192", "7680", "7616", "512", "9999", "9487")
+"""What hosts have, have left or reserve in the test below."""
+
+
+async def test_what_is_refused_tells_a_tenant_no_host_and_no_size_of_one(plane: Plane) -> None:
+    client, operator = await plane.client(Role.TENANT, "acme"), await plane.client()
+    await plane.host("loom-1")
+    second = await plane.host("weft-2")
+    second.memory_mib = 9999
+    await second.report()
+    await client.import_image()
+    await operator.import_image()
+    texts: list[str] = []
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await create(client, "big", memory_mib=100_000)
+    failure = parse_error(caught.value)
+    assert (failure.reason, failure.detail("hosts_ShortOfMemory"), failure.detail("needed_mib")) == (
+        "NoHostHasRoom", "2", "100000",
+    )  # fmt: skip
+    assert "100000 MiB guaranteed" in failure.message and "ShortOfMemory on 2 hosts" in failure.message
+    texts += [failure.message, str(failure.details)]
+    box = await client.create("box", memory_mib=256, max_mib=9800)
+    own = box.assignment.host
+    told = await explain(client, "box")
+    assert [part.what for part in told.placed_because] == ["start", "memory", "image"]
+    texts.append(str(told).replace(own, ""))
+    ask = pb.ResizeSandboxRequest(name="box", memory_min_mib=9800, memory_mib=9800)
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await client.sandboxes.ResizeSandbox(ask, timeout=20)
+    failure = parse_error(caught.value)
+    assert failure.reason == "NoHostHasRoom" and "9544 MiB more" in failure.message
+    texts += [failure.message.replace(own, ""), str(failure.details)]
+    for host in ("loom-1", "weft-2"):
+        plane.parts.view.alive.discard(host)
+        plane.parts.view.census.touch(host)
+    waiting = await create(client, "waiting")
+    assert waiting.status.phase == pb.PENDING and "HostLost on 2 hosts" in waiting.status.message
+    texts += [waiting.status.message, str(await explain(client, "waiting"))]
+    events = client.sandboxes.WatchEvents(pb.WatchEventsRequest(), timeout=20)
+    texts += [event.message async for event in events if event.subject != "box"]
+    for text in texts:
+        assert "loom-1" not in text and "weft-2" not in text, text
+        assert not [size for size in SIZES if size in text], text
+    await create(operator, "waiting")
+    assert {verdict.host for verdict in (await explain(operator, "waiting")).verdicts} == {"loom-1", "weft-2"}
+
+
+async def test_an_operator_is_told_the_hosts_and_what_they_have(plane: Plane) -> None:
+    client, _ = await ready(plane)
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await create(client, "big", memory_mib=100_000)
+    failure = parse_error(caught.value)
+    assert "h1: " in failure.message and "total 8192" in failure.message
+    assert (failure.detail("most_room_mib"), failure.detail("needed_mib")) == ("7680", "100000")
+
+
 @pytest.mark.parametrize(
     ("field", "rules"),
     [

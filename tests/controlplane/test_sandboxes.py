@@ -204,7 +204,7 @@ async def test_without_a_host_a_sandbox_waits_and_is_placed_when_one_comes(plane
     box = await client.create("box", memory_mib=256)
     assert box.status.phase == pb.PENDING
     assert (box.status.reason, box.assignment.host) == ("NoHost", "")
-    assert "h1 is LOST" in box.status.message
+    assert "HostLost on 1 host" in box.status.message
     plane.parts.view.alive.add("h1")
     await host.report()
     await host.until(lambda: box.uid in host.assigned)

@@ -27,7 +27,7 @@ from controlplane.api.v1 import images_pb2 as controlplane_dot_api_dot_v1_dot_im
 from controlplane.api.v1 import sandboxes_pb2 as controlplane_dot_api_dot_v1_dot_sandboxes__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n%controlplane/api/v1/checkpoints.proto\x12\x0bsandloom.v1\x1a\x1fgoogle/protobuf/timestamp.proto\x1a controlplane/api/v1/images.proto\x1a#controlplane/api/v1/sandboxes.proto\"\x9e\x02\n\nCheckpoint\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\x0e\n\x06tenant\x18\x03 \x01(\t\x12\x0c\n\x04host\x18\x04 \x01(\t\x12\x0f\n\x07sandbox\x18\x05 \x01(\t\x12\x13\n\x0bsandbox_uid\x18\x06 \x01(\t\x12&\n\x04spec\x18\x07 \x01(\x0b\x32\x18.sandloom.v1.SandboxSpec\x12\"\n\x06layers\x18\x08 \x03(\x0b\x32\x12.sandloom.v1.Layer\x12\x12\n\nsize_bytes\x18\t \x01(\x04\x12\x0f\n\x07pause_s\x18\n \x01(\x01\x12.\n\ncreated_at\x18\x0b \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x11\n\tephemeral\x18\x0c \x01(\x08\"L\n\x17\x43reateCheckpointRequest\x12\x0f\n\x07sandbox\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\x12\n\nrequest_id\x18\x03 \x01(\t\"\x18\n\x16ListCheckpointsRequest\"]\n\x17ListCheckpointsResponse\x12,\n\x0b\x63heckpoints\x18\x01 \x03(\x0b\x32\x17.sandloom.v1.Checkpoint\x12\x14\n\x0csilent_hosts\x18\x02 \x03(\t\">\n\x17\x44\x65leteCheckpointRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x15\n\rallow_missing\x18\x02 \x01(\x08\"\x1a\n\x18\x44\x65leteCheckpointResponse\"h\n\x18RestoreCheckpointRequest\x12\x12\n\ncheckpoint\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\x16\n\x0eremove_on_exit\x18\x03 \x01(\x08\x12\x12\n\nrequest_id\x18\x04 \x01(\t\"\\\n\x12\x46orkSandboxRequest\x12\x0f\n\x07sandbox\x18\x01 \x01(\t\x12\r\n\x05\x63ount\x18\x02 \x01(\r\x12\x0e\n\x06prefix\x18\x03 \x01(\t\x12\x16\n\x0eremove_on_exit\x18\x04 \x01(\x08\"O\n\x13\x46orkSandboxResponse\x12\'\n\tsandboxes\x18\x01 \x03(\x0b\x32\x14.sandloom.v1.Sandbox\x12\x0f\n\x07pause_s\x18\x02 \x01(\x01\"`\n\x15TakeCheckpointRequest\x12\x0b\n\x03uid\x18\x01 \x01(\t\x12\n\n\x02id\x18\x02 \x01(\t\x12\x0c\n\x04name\x18\x03 \x01(\t\x12\r\n\x05image\x18\x04 \x01(\t\x12\x11\n\tephemeral\x18\x05 \x01(\x08\"%\n\x17RemoveCheckpointRequest\x12\n\n\x02id\x18\x01 \x01(\t\"\x1a\n\x18RemoveCheckpointResponse2\xc3\x03\n\x0b\x43heckpoints\x12Q\n\x10\x43reateCheckpoint\x12$.sandloom.v1.CreateCheckpointRequest\x1a\x17.sandloom.v1.Checkpoint\x12\\\n\x0fListCheckpoints\x12#.sandloom.v1.ListCheckpointsRequest\x1a$.sandloom.v1.ListCheckpointsResponse\x12_\n\x10\x44\x65leteCheckpoint\x12$.sandloom.v1.DeleteCheckpointRequest\x1a%.sandloom.v1.DeleteCheckpointResponse\x12P\n\x11RestoreCheckpoint\x12%.sandloom.v1.RestoreCheckpointRequest\x1a\x14.sandloom.v1.Sandbox\x12P\n\x0b\x46orkSandbox\x12\x1f.sandloom.v1.ForkSandboxRequest\x1a .sandloom.v1.ForkSandboxResponse2\x80\x02\n\x0fHostCheckpoints\x12\x43\n\x04Take\x12\".sandloom.v1.TakeCheckpointRequest\x1a\x17.sandloom.v1.Checkpoint\x12Q\n\x04List\x12#.sandloom.v1.ListCheckpointsRequest\x1a$.sandloom.v1.ListCheckpointsResponse\x12U\n\x06Remove\x12$.sandloom.v1.RemoveCheckpointRequest\x1a%.sandloom.v1.RemoveCheckpointResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n%controlplane/api/v1/checkpoints.proto\x12\x0bsandloom.v1\x1a\x1fgoogle/protobuf/timestamp.proto\x1a controlplane/api/v1/images.proto\x1a#controlplane/api/v1/sandboxes.proto\"\x9e\x02\n\nCheckpoint\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\x0e\n\x06tenant\x18\x03 \x01(\t\x12\x0c\n\x04host\x18\x04 \x01(\t\x12\x0f\n\x07sandbox\x18\x05 \x01(\t\x12\x13\n\x0bsandbox_uid\x18\x06 \x01(\t\x12&\n\x04spec\x18\x07 \x01(\x0b\x32\x18.sandloom.v1.SandboxSpec\x12\"\n\x06layers\x18\x08 \x03(\x0b\x32\x12.sandloom.v1.Layer\x12\x12\n\nsize_bytes\x18\t \x01(\x04\x12\x0f\n\x07pause_s\x18\n \x01(\x01\x12.\n\ncreated_at\x18\x0b \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x11\n\tephemeral\x18\x0c \x01(\x08\"L\n\x17\x43reateCheckpointRequest\x12\x0f\n\x07sandbox\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\x12\n\nrequest_id\x18\x03 \x01(\t\"\x18\n\x16ListCheckpointsRequest\"m\n\x17ListCheckpointsResponse\x12,\n\x0b\x63heckpoints\x18\x01 \x03(\x0b\x32\x17.sandloom.v1.Checkpoint\x12\x14\n\x0csilent_hosts\x18\x02 \x03(\t\x12\x0e\n\x06silent\x18\x03 \x01(\r\">\n\x17\x44\x65leteCheckpointRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x15\n\rallow_missing\x18\x02 \x01(\x08\"\x1a\n\x18\x44\x65leteCheckpointResponse\"h\n\x18RestoreCheckpointRequest\x12\x12\n\ncheckpoint\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\x16\n\x0eremove_on_exit\x18\x03 \x01(\x08\x12\x12\n\nrequest_id\x18\x04 \x01(\t\"\\\n\x12\x46orkSandboxRequest\x12\x0f\n\x07sandbox\x18\x01 \x01(\t\x12\r\n\x05\x63ount\x18\x02 \x01(\r\x12\x0e\n\x06prefix\x18\x03 \x01(\t\x12\x16\n\x0eremove_on_exit\x18\x04 \x01(\x08\"O\n\x13\x46orkSandboxResponse\x12\'\n\tsandboxes\x18\x01 \x03(\x0b\x32\x14.sandloom.v1.Sandbox\x12\x0f\n\x07pause_s\x18\x02 \x01(\x01\"`\n\x15TakeCheckpointRequest\x12\x0b\n\x03uid\x18\x01 \x01(\t\x12\n\n\x02id\x18\x02 \x01(\t\x12\x0c\n\x04name\x18\x03 \x01(\t\x12\r\n\x05image\x18\x04 \x01(\t\x12\x11\n\tephemeral\x18\x05 \x01(\x08\"%\n\x17RemoveCheckpointRequest\x12\n\n\x02id\x18\x01 \x01(\t\"\x1a\n\x18RemoveCheckpointResponse2\xc3\x03\n\x0b\x43heckpoints\x12Q\n\x10\x43reateCheckpoint\x12$.sandloom.v1.CreateCheckpointRequest\x1a\x17.sandloom.v1.Checkpoint\x12\\\n\x0fListCheckpoints\x12#.sandloom.v1.ListCheckpointsRequest\x1a$.sandloom.v1.ListCheckpointsResponse\x12_\n\x10\x44\x65leteCheckpoint\x12$.sandloom.v1.DeleteCheckpointRequest\x1a%.sandloom.v1.DeleteCheckpointResponse\x12P\n\x11RestoreCheckpoint\x12%.sandloom.v1.RestoreCheckpointRequest\x1a\x14.sandloom.v1.Sandbox\x12P\n\x0b\x46orkSandbox\x12\x1f.sandloom.v1.ForkSandboxRequest\x1a .sandloom.v1.ForkSandboxResponse2\x80\x02\n\x0fHostCheckpoints\x12\x43\n\x04Take\x12\".sandloom.v1.TakeCheckpointRequest\x1a\x17.sandloom.v1.Checkpoint\x12Q\n\x04List\x12#.sandloom.v1.ListCheckpointsRequest\x1a$.sandloom.v1.ListCheckpointsResponse\x12U\n\x06Remove\x12$.sandloom.v1.RemoveCheckpointRequest\x1a%.sandloom.v1.RemoveCheckpointResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -41,25 +41,25 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_LISTCHECKPOINTSREQUEST']._serialized_start=525
   _globals['_LISTCHECKPOINTSREQUEST']._serialized_end=549
   _globals['_LISTCHECKPOINTSRESPONSE']._serialized_start=551
-  _globals['_LISTCHECKPOINTSRESPONSE']._serialized_end=644
-  _globals['_DELETECHECKPOINTREQUEST']._serialized_start=646
-  _globals['_DELETECHECKPOINTREQUEST']._serialized_end=708
-  _globals['_DELETECHECKPOINTRESPONSE']._serialized_start=710
-  _globals['_DELETECHECKPOINTRESPONSE']._serialized_end=736
-  _globals['_RESTORECHECKPOINTREQUEST']._serialized_start=738
-  _globals['_RESTORECHECKPOINTREQUEST']._serialized_end=842
-  _globals['_FORKSANDBOXREQUEST']._serialized_start=844
-  _globals['_FORKSANDBOXREQUEST']._serialized_end=936
-  _globals['_FORKSANDBOXRESPONSE']._serialized_start=938
-  _globals['_FORKSANDBOXRESPONSE']._serialized_end=1017
-  _globals['_TAKECHECKPOINTREQUEST']._serialized_start=1019
-  _globals['_TAKECHECKPOINTREQUEST']._serialized_end=1115
-  _globals['_REMOVECHECKPOINTREQUEST']._serialized_start=1117
-  _globals['_REMOVECHECKPOINTREQUEST']._serialized_end=1154
-  _globals['_REMOVECHECKPOINTRESPONSE']._serialized_start=1156
-  _globals['_REMOVECHECKPOINTRESPONSE']._serialized_end=1182
-  _globals['_CHECKPOINTS']._serialized_start=1185
-  _globals['_CHECKPOINTS']._serialized_end=1636
-  _globals['_HOSTCHECKPOINTS']._serialized_start=1639
-  _globals['_HOSTCHECKPOINTS']._serialized_end=1895
+  _globals['_LISTCHECKPOINTSRESPONSE']._serialized_end=660
+  _globals['_DELETECHECKPOINTREQUEST']._serialized_start=662
+  _globals['_DELETECHECKPOINTREQUEST']._serialized_end=724
+  _globals['_DELETECHECKPOINTRESPONSE']._serialized_start=726
+  _globals['_DELETECHECKPOINTRESPONSE']._serialized_end=752
+  _globals['_RESTORECHECKPOINTREQUEST']._serialized_start=754
+  _globals['_RESTORECHECKPOINTREQUEST']._serialized_end=858
+  _globals['_FORKSANDBOXREQUEST']._serialized_start=860
+  _globals['_FORKSANDBOXREQUEST']._serialized_end=952
+  _globals['_FORKSANDBOXRESPONSE']._serialized_start=954
+  _globals['_FORKSANDBOXRESPONSE']._serialized_end=1033
+  _globals['_TAKECHECKPOINTREQUEST']._serialized_start=1035
+  _globals['_TAKECHECKPOINTREQUEST']._serialized_end=1131
+  _globals['_REMOVECHECKPOINTREQUEST']._serialized_start=1133
+  _globals['_REMOVECHECKPOINTREQUEST']._serialized_end=1170
+  _globals['_REMOVECHECKPOINTRESPONSE']._serialized_start=1172
+  _globals['_REMOVECHECKPOINTRESPONSE']._serialized_end=1198
+  _globals['_CHECKPOINTS']._serialized_start=1201
+  _globals['_CHECKPOINTS']._serialized_end=1652
+  _globals['_HOSTCHECKPOINTS']._serialized_start=1655
+  _globals['_HOSTCHECKPOINTS']._serialized_end=1911
 # @@protoc_insertion_point(module_scope)

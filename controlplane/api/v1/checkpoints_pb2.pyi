@@ -138,21 +138,25 @@ class ListCheckpointsResponse(_message.Message):
 
     CHECKPOINTS_FIELD_NUMBER: _builtins.int
     SILENT_HOSTS_FIELD_NUMBER: _builtins.int
+    SILENT_FIELD_NUMBER: _builtins.int
+    silent: _builtins.int
+    """how many those are"""
     @_builtins.property
     def checkpoints(self) -> _containers.RepeatedCompositeFieldContainer[Global___Checkpoint]: ...
     @_builtins.property
     def silent_hosts(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """did not answer: theirs are not listed"""
+        """did not answer: theirs are not listed; named to operators only"""
 
     def __init__(
         self,
         *,
         checkpoints: _abc.Iterable[Global___Checkpoint] | None = ...,
         silent_hosts: _abc.Iterable[_builtins.str] | None = ...,
+        silent: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["checkpoints", b"checkpoints", "silent_hosts", b"silent_hosts"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["checkpoints", b"checkpoints", "silent", b"silent", "silent_hosts", b"silent_hosts"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

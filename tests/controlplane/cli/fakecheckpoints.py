@@ -33,7 +33,9 @@ class FakeCheckpoints(checkpoints_pb2_grpc.CheckpointsServicer):
         return self.kept[name]
 
     def ListCheckpoints(self, request: Any, context: Any) -> checkpoints_pb2.ListCheckpointsResponse:
-        return checkpoints_pb2.ListCheckpointsResponse(checkpoints=self.kept.values(), silent_hosts=self.silent)
+        return checkpoints_pb2.ListCheckpointsResponse(
+            checkpoints=self.kept.values(), silent_hosts=self.silent, silent=len(self.silent)
+        )
 
     def _find(self, name: str, context: Any) -> checkpoints_pb2.Checkpoint:
         if name not in self.kept:
