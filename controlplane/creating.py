@@ -128,8 +128,7 @@ class Creator:
         careful = attempt > 0 or asked.validate_only
         taken = await self._free_name(wanted.tenant, wanted.name) if careful else 0
         async with self._admission.deciding(wanted.tenant) as guard:
-            self.require_quota(wanted)
-            placed = placing.placed(self._view, wanted)
+            placed = self._placed_within_quota(wanted)
             if asked.validate_only:
                 return replace(placed, uid="")
             if self._leadership.leads:
@@ -163,12 +162,27 @@ class Creator:
             expect.append(Expect(keys.request(tenant, asked.request_id), 0))
         return writes, expect
 
-    def require_quota(self, sandbox: Sandbox) -> None:
-        """Exhausted when it and what the tenant has besides are too much. Decide so in Admission.deciding."""
+    def _placed_within_quota(self, wanted: Sandbox) -> Sandbox:
+        """The sandbox placed. One that is too much may have the place of a pool's member, if it claims one."""
+        try:
+            self.require_quota(wanted)
+        except Exhausted:
+            if all(pool.tenant != wanted.tenant for pool in self._view.pools.values()):
+                raise
+            placed = placing.placed(self._view, wanted)
+            if placed.placed is None or not placed.placed.pool:
+                raise
+            self.require_quota(wanted, claimed=placed.placed.pool)
+            return placed
+        return placing.placed(self._view, wanted)
+
+    def require_quota(self, sandbox: Sandbox, *, claimed: str = "") -> None:
+        """Exhausted when it and what the tenant has besides are too much; it takes the place of a member of the pool
+        `claimed`. Decide so in Admission.deciding."""
         quota = self._tenants.quota(sandbox.tenant)
         if quota != UNBOUNDED:
             pools = [pool for pool in self._view.pools.values() if pool.tenant == sandbox.tenant]
-            require_within(quota, self._view.of_tenant(sandbox.tenant), sandbox, pools)
+            require_within(quota, self._view.of_tenant(sandbox.tenant), sandbox, pools, claimed=claimed)
 
     async def _free_name(self, tenant: str, name: str) -> int:
         """The name guard's revision. AlreadyExists while a live sandbox has the name."""

@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 
-from controlplane import codec, events, keys
+from controlplane import codec, events, keys, poolspread
 from controlplane.admission import Admission, Guard
 from controlplane.edge.pools import etag
 from controlplane.errors import AlreadyExists, Conflict, Invalid, NotFound
@@ -51,7 +51,9 @@ class Pools:
     def state(self, pool: Pool) -> PoolState:
         """How the hosts are with it, as the view has it."""
         view = self._view
-        return state_of(pool, view.survey(), view.hosts, view.images.values())
+        its = [p for p in view.pools.values() if p.tenant == pool.tenant and p.uid != pool.uid]
+        kept = {p.uid: p.spec.size for p in poolspread.allowed([*its, pool], self._quota_of, view.of_tenant)}
+        return state_of(pool, view.survey(), view.hosts, view.images.values(), kept[pool.uid])
 
     async def create(self, tenant: str, asked: PoolCreation) -> Pool:
         """Records a pool. See CreatePool."""

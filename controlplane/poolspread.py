@@ -3,15 +3,18 @@ every host's watch comes to the same answer from the same records.
 
 Members go only where their image is: to READY hosts that hold it and offer the class, one after the other, the largest
 host first, and on none more than its memory could ever hold. What hosts run meanwhile does not move members about; a
-host that has no room for its share says so.
+host that has no room for its share says so. Of a tenant's members only as many are wanted as its quota leaves room for
+beside its sandboxes (quotas.members_of).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
 
-from controlplane.model import Host, HostPool, Image, Pool
+from controlplane import lifecycle
+from controlplane.model import Host, HostPool, Image, Pool, Sandbox
+from controlplane.quotas import UNBOUNDED, Quota, members_of
 from controlplane.scheduler import HostState
 
 
@@ -87,6 +90,29 @@ def spread(pool: Pool, hosts: Iterable[HostState], *, image_bound: bool) -> Spre
     return Spread({name: count for name, count in wanted.items() if count}, message)
 
 
+def allowed(
+    pools: Iterable[Pool], quota_of: Callable[[str], Quota], live_of: Callable[[str], Iterable[Sandbox]]
+) -> list[Pool]:
+    """The pools, each no larger than its tenant's quota leaves room for. A sandbox that is on its way to claim a member
+    does not count yet: the member is to be there still when it comes."""
+    by_tenant: dict[str, list[Pool]] = {}
+    for pool in pools:
+        by_tenant.setdefault(pool.tenant, []).append(pool)
+    found: list[Pool] = []
+    for tenant, its in by_tenant.items():
+        quota = quota_of(tenant)
+        if quota == UNBOUNDED:
+            found += its
+            continue
+        members = members_of(quota, (s for s in live_of(tenant) if not _is_claiming(s)), its)
+        found += [replace(pool, spec=replace(pool.spec, size=members[pool.uid])) for pool in its]
+    return found
+
+
+def _is_claiming(sandbox: Sandbox) -> bool:
+    return sandbox.placed is not None and bool(sandbox.placed.pool) and sandbox.status.phase in lifecycle.UNBEGUN
+
+
 def is_bound(pool: Pool, images: Iterable[Image]) -> bool:
     """Whether a name of the tenant still means the pool's digest."""
     return any((image.tenant, image.digest) == (pool.tenant, pool.spec.image_digest) for image in images)
@@ -105,10 +131,16 @@ def shares_of(
     return tuple(shares)
 
 
-def state_of(pool: Pool, states: Iterable[HostState], hosts: Mapping[str, Host], images: Iterable[Image]) -> PoolState:
-    """The pool with what its READY hosts said last."""
+def state_of(
+    pool: Pool, states: Iterable[HostState], hosts: Mapping[str, Host], images: Iterable[Image], size: int | None = None
+) -> PoolState:
+    """The pool with what its READY hosts said last; `size`: how many members its tenant's quota leaves room for."""
     states = list(states)
-    made = spread(pool, states, image_bound=is_bound(pool, images))
+    kept = pool if size is None else replace(pool, spec=replace(pool.spec, size=size))
+    made = spread(kept, states, image_bound=is_bound(pool, images))
+    if kept.spec.size < pool.spec.size:
+        text = f"{kept.spec.size} of {pool.spec.size} members fit into the tenant's quota beside its sandboxes"
+        made = replace(made, message="; ".join(filter(None, (text, made.message))))
     rows: list[PoolOnHost] = []
     for state in states:
         said = _said(pool, hosts[state.name]) if state.name in hosts and state.ready else None

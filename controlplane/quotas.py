@@ -1,13 +1,18 @@
-"""How much a tenant may have at once. Pure. A tenant without a quota may have what the hosts have."""
+"""How much a tenant may have at once. Pure. A tenant without a quota may have what the hosts have.
+
+A member of a warm pool is a guest as any other, and counts as a sandbox of its pool's resources. A sandbox that claims
+one takes its place; the pool is filled up again only as far as the quota leaves room (members_of), so that what there
+is of both never comes to more than the quota, and nothing counts twice.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from controlplane import lifecycle
 from controlplane.errors import Exhausted
-from controlplane.model import Checkpoint, Image, Pool, Sandbox
+from controlplane.model import Checkpoint, Image, Pool, Resources, Sandbox
 
 MIB = 1 << 20
 
@@ -26,11 +31,14 @@ class Quota:
 
 
 UNBOUNDED = Quota()
+GUEST_BOUNDS = ("sandboxes", "memory_min_mib", "memory_max_mib", "cpu_milli")
+"""The bounds over what runs; Sizes are in this order."""
+Sizes = tuple[int, int, int, int]
 
 
 @dataclass(frozen=True)
 class Usage:
-    """What a tenant has."""
+    """What a tenant has; sandboxes, memory and CPU with the members of its pools."""
 
     sandboxes: int
     memory_min_mib: int
@@ -41,38 +49,42 @@ class Usage:
     pools: int
 
 
-def usage(live: Iterable[Sandbox], pools: Iterable[Pool], images: Iterable[Image]) -> Usage:
+def usage(quota: Quota, live: Iterable[Sandbox], pools: Iterable[Pool], images: Iterable[Image]) -> Usage:
     """Counts a tenant's things; sandboxes that have ended do not count."""
-    lives = [s for s in live if s.status.phase not in lifecycle.ENDED]
-    kept, named = list(pools), list(images)
-    sizes = [s.spec.resources for s in lives]
-    return Usage(
-        len(lives), _held_mib(lives, kept), sum(size.memory_max_mib for size in sizes),
-        sum(size.cpu_milli for size in sizes), len(named), _distinct_mib(named), len(kept),
-    )  # fmt: skip
+    lives, kept, named = list(live), list(pools), list(images)
+    return Usage(*_all_of(quota, lives, kept), len(named), _distinct_mib(named), len(kept))
 
 
-def require_within(quota: Quota, live: Iterable[Sandbox], wanted: Sandbox, pools: Iterable[Pool] = ()) -> None:
-    """Exhausted (QuotaExceeded), with numbers, when `wanted` and the tenant's other live sandboxes are too much.
+def members_of(quota: Quota, live: Iterable[Sandbox], pools: Iterable[Pool]) -> Mapping[str, int]:
+    """How many members of each pool, by uid, the quota leaves room for beside the sandboxes: pools by name, each up to
+    its size."""
+    held, members = _sum(_size(s.spec.resources) for s in _counted(live)), {}
+    for pool in sorted(pools, key=lambda pool: (pool.name, pool.uid)):
+        each, count = _size(pool.spec.resources), pool.spec.size
+        for bound, there, more in zip(_bounds(quota), held, each, strict=True):
+            if bound is not None and more:
+                count = max(0, min(count, (bound - there) // more))
+        members[pool.uid] = count
+        held = _sum([held, _times(each, count)])
+    return members
 
-    `live` may hold sandboxes that have ended, or an older version of `wanted`: neither counts."""
-    others = [s for s in live if s.status.phase not in lifecycle.ENDED and s.uid != wanted.uid]
-    sizes = wanted.spec.resources
-    highest_mib = sum(s.spec.resources.memory_max_mib for s in others)
-    asked = (
-        ("sandboxes", quota.sandboxes, len(others), 1),
-        ("memory_min_mib", quota.memory_min_mib, _held_mib(others, pools), sizes.memory_min_mib),
-        ("memory_max_mib", quota.memory_max_mib, highest_mib, sizes.memory_max_mib),
-        ("cpu_milli", quota.cpu_milli, sum(s.spec.resources.cpu_milli for s in others), sizes.cpu_milli),
-    )
-    _require(wanted.tenant, asked)
+
+def require_within(
+    quota: Quota, live: Iterable[Sandbox], wanted: Sandbox, pools: Iterable[Pool] = (), *, claimed: str = ""
+) -> None:
+    """Exhausted (QuotaExceeded), with numbers, when `wanted` and what the tenant has besides are too much.
+
+    `live` may hold sandboxes that have ended, or an older version of `wanted`: neither counts. `claimed`: the name of
+    the pool of which `wanted` takes a member's place."""
+    others = [s for s in live if s.uid != wanted.uid]
+    _require_guests(quota, wanted.tenant, _all_of(quota, others, list(pools), claimed), _size(wanted.spec.resources))
 
 
 def require_pool_within(quota: Quota, live: Iterable[Sandbox], pools: Iterable[Pool], wanted: Pool) -> None:
-    """The same for a pool of its full size: its members are guaranteed their memory, too. They are no sandboxes."""
-    others = [s for s in live if s.status.phase not in lifecycle.ENDED]
-    held_mib = _held_mib(others, (pool for pool in pools if pool.uid != wanted.uid))
-    _require(wanted.tenant, (("memory_min_mib", quota.memory_min_mib, held_mib, _pool_mib(wanted)),))
+    """The same for a pool of its full size."""
+    others = [pool for pool in pools if pool.uid != wanted.uid]
+    more = _times(_size(wanted.spec.resources), wanted.spec.size)
+    _require_guests(quota, wanted.tenant, _all_of(quota, list(live), others), more)
 
 
 def require_name_within(quota: Quota, images: Iterable[Image], tenant: str, name: str) -> None:
@@ -113,12 +125,38 @@ def _require(tenant: str, asked: Iterable[tuple[str, int | None, int, int]]) -> 
             )
 
 
-def _held_mib(live: Iterable[Sandbox], pools: Iterable[Pool]) -> int:
-    return sum(s.spec.resources.memory_min_mib for s in live) + sum(map(_pool_mib, pools))
+def _require_guests(quota: Quota, tenant: str, there: Sizes, more: Sizes) -> None:
+    _require(tenant, zip(GUEST_BOUNDS, _bounds(quota), there, more, strict=True))
 
 
-def _pool_mib(pool: Pool) -> int:
-    return pool.spec.size * pool.spec.resources.memory_min_mib
+def _bounds(quota: Quota) -> tuple[int | None, ...]:
+    return tuple(getattr(quota, name) for name in GUEST_BOUNDS)
+
+
+def _counted(live: Iterable[Sandbox]) -> list[Sandbox]:
+    return [s for s in live if s.status.phase not in lifecycle.ENDED]
+
+
+def _all_of(quota: Quota, live: list[Sandbox], pools: list[Pool], claimed: str = "") -> Sizes:
+    """What sandboxes and members come to, without one member of the pool `claimed`."""
+    members = members_of(quota, live, pools)
+    kept = (_times(_size(pool.spec.resources), max(0, members[pool.uid] - (pool.name == claimed))) for pool in pools)
+    return _sum([*(_size(s.spec.resources) for s in _counted(live)), *kept])
+
+
+def _size(sizes: Resources) -> Sizes:
+    return 1, sizes.memory_min_mib, sizes.memory_max_mib, sizes.cpu_milli
+
+
+def _times(size: Sizes, count: int) -> Sizes:
+    return size[0] * count, size[1] * count, size[2] * count, size[3] * count
+
+
+def _sum(sizes: Iterable[Sizes]) -> Sizes:
+    one, two, three, four = 0, 0, 0, 0
+    for size in sizes:
+        one, two, three, four = one + size[0], two + size[1], three + size[2], four + size[3]
+    return one, two, three, four
 
 
 def _distinct_mib(images: Iterable[Image]) -> int:

@@ -152,7 +152,15 @@ class ControlPlane:
             HostsService(self.gate, self.store, self.registry, self.view, self.drains, self.joining), server
         )
         hosts_pb2_grpc.add_HostSyncServicer_to_server(
-            HostSyncService(self.gate, self.view, self.registry, self.reports, self.event_log, self.distribution),
+            HostSyncService(
+                self.gate,
+                self.view,
+                self.registry,
+                self.reports,
+                self.event_log,
+                self.distribution,
+                self.tenants.quota,
+            ),
             server,
         )
         checkpoints_pb2_grpc.add_CheckpointsServicer_to_server(CheckpointsService(self.gate, self.checkpoints), server)

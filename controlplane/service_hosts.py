@@ -23,6 +23,7 @@ from controlplane.joining import Joining
 from controlplane.listing import list_page
 from controlplane.membership import Standing
 from controlplane.model import Host
+from controlplane.quotas import Quota
 from controlplane.registry import Registry
 from controlplane.reports import Reports
 from controlplane.store.contract import Store
@@ -102,9 +103,9 @@ class HostSyncService(hosts_pb2_grpc.HostSyncServicer):
 
     def __init__(
         self, gate: Gate, view: View, registry: Registry, reports: Reports, event_log: EventLog,
-        distribution: Distribution, *, now_s: Callable[[], float] = time.time,
+        distribution: Distribution, quota_of: Callable[[str], Quota], *, now_s: Callable[[], float] = time.time,
     ) -> None:  # fmt: skip
-        self._gate, self._view, self._registry = gate, view, registry
+        self._gate, self._view, self._registry, self._quota_of = gate, view, registry, quota_of
         self._reports, self._events, self._now_s = reports, event_log, now_s
         self._distribution = distribution
 
@@ -132,7 +133,7 @@ class HostSyncService(hosts_pb2_grpc.HostSyncServicer):
         """See hosts.proto."""
         async with self._gate.admit(context, stream=True) as caller:
             _require_itself(caller, request.host)
-            async with aclosing(watching.watch_pools(self._view, request.host)) as changes:
+            async with aclosing(watching.watch_pools(self._view, request.host, self._quota_of)) as changes:
                 async for shares in changes:
                     yield render_assignments(shares)
 

@@ -71,6 +71,7 @@ class Tenants:
         """What a tenant has now."""
         view, images = self._view, keys.images_of(name)
         return usage(
+            self.quota(name),
             [s for s in view.sandboxes.values() if s.tenant == name],
             [pool for pool in view.pools.values() if pool.tenant == name],
             [image for key, image in view.images.items() if key.startswith(images)],

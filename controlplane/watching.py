@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from controlplane import codec, keys, poolspread, transitions
 from controlplane.model import Sandbox
 from controlplane.poolspread import PoolShare
+from controlplane.quotas import Quota
 from controlplane.store.contract import Store
 from controlplane.view import View
 
@@ -113,7 +114,7 @@ async def watch_assignments(
 
 
 async def watch_pools(
-    view: View, host: str, *, bookmark_s: float = BOOKMARK_S
+    view: View, host: str, quota_of: Callable[[str], Quota], *, bookmark_s: float = BOOKMARK_S
 ) -> AsyncGenerator[tuple[PoolShare, ...], None]:
     """A host's share of every pool: now, after each change of it, and every `bookmark_s` as a sign of life."""
     told: tuple[PoolShare, ...] | None = None
@@ -121,7 +122,10 @@ async def watch_pools(
     sign_s = loop.time() + bookmark_s  # of this watch: the view itself moves with every host's report
     while True:
         moved = view.moved
-        now = poolspread.shares_of(host, view.pools.values(), view.survey(), view.images.values()) if view.pools else ()
+        now: tuple[PoolShare, ...] = ()
+        if view.pools:
+            pools = poolspread.allowed(view.pools.values(), quota_of, view.of_tenant)
+            now = poolspread.shares_of(host, pools, view.survey(), view.images.values())
         if now != told or loop.time() >= sign_s:
             told, sign_s = now, loop.time() + bookmark_s
             yield now

@@ -13,7 +13,7 @@ import pytest
 
 from controlplane.api.identity import Role
 from controlplane.api.status import parse_error
-from controlplane.api.v1 import hosts_pb2, images_pb2, pools_pb2, sandboxes_pb2
+from controlplane.api.v1 import hosts_pb2, images_pb2, pools_pb2, sandboxes_pb2, tenants_pb2
 from controlplane.quotas import Quota
 from tests.controlplane.conftest import Certificates, Client, Configured, Plane, planed
 from tests.controlplane.fakehost import DIGEST, FakeHost
@@ -189,6 +189,41 @@ async def test_a_pool_counts_in_its_tenant_s_quota(configured: Configured, certi
         with pytest.raises(grpc.aio.AioRpcError) as larger:
             await client.pools.ResizePool(pools_pb2.ResizePoolRequest(name="web", size=4), timeout=10)
         assert refusal(larger) == (grpc.StatusCode.RESOURCE_EXHAUSTED, "QuotaExceeded")
+
+
+@pytest.mark.parametrize(
+    ("quota", "bound"),
+    [
+        (Quota(sandboxes=2), "sandboxes"), (Quota(memory_max_mib=2048), "memory_max_mib"),
+        (Quota(cpu_milli=2000), "cpu_milli"), (Quota(memory_min_mib=512), "memory_min_mib"),
+    ],
+)  # fmt: skip
+async def test_members_count_in_every_bound_and_a_claim_counts_once(
+    configured: Configured, certificates: Certificates, quota: Quota, bound: str
+) -> None:
+    async with planed(configured(quotas=(("default", quota),)), certificates) as plane:
+        host, client = await plane.host(), await plane.client()
+        await client.import_image()
+        with pytest.raises(grpc.aio.AioRpcError) as full:
+            await create(client, size=3)
+        assert parse_error(full.value).detail("quota") == bound
+        async with watching(host) as watch:
+            pool = await create(client, size=2)
+            await watch.until({"web": 2})
+            with pytest.raises(grpc.aio.AioRpcError) as beside:  # no member is ready: it would come on top of them
+                await client.create("one", max_mib=1024, cpu_milli=1000)
+            failure = parse_error(beside.value)
+            assert (failure.detail("quota"), failure.reason) == (bound, "QuotaExceeded")
+            await report(host, pool, 2)
+            one = await client.create("one", max_mib=1024, cpu_milli=1000)
+            await host.until(lambda: one.uid in host.assigned)
+            await host.tell(one.uid, phase=sandboxes_pb2.RUNNING)
+            await watch.until({"web": 1})
+            assert "1 of 2 members fit into the tenant's quota" in (await get(client)).message
+            used = (await client.tenants.GetTenant(tenants_pb2.GetTenantRequest(name="default"), timeout=10)).usage
+            assert (used.sandboxes, used.memory_max_mib, used.cpu_milli) == (2, 2048, 2000)
+            await host.tell(one.uid, phase=sandboxes_pb2.EXITED, exit_code=0)
+            await watch.until({"web": 2})
 
 
 async def test_a_host_with_a_ready_member_is_preferred_and_the_event_says_so(plane: Plane) -> None:

@@ -24,6 +24,7 @@ from controlplane.model import (
     SandboxSpec,
     SandboxStatus,
 )
+from controlplane.quotas import UNBOUNDED
 from controlplane.store.contract import Delete, Put, Store, Write
 from controlplane.store.sqlite import open_sqlite
 from controlplane.view import View
@@ -165,7 +166,7 @@ async def test_a_host_without_pools_hears_of_its_control_plane_while_others_repo
         talking = asyncio.create_task(chatter())
         try:
             async with asyncio.timeout(8):
-                told = watch_pools(view, "h1", bookmark_s=0.2)
+                told = watch_pools(view, "h1", lambda _: UNBOUNDED, bookmark_s=0.2)
                 assert [await anext(told) for _ in range(3)] == [(), (), ()]
                 await told.aclose()
             assert not talking.done()

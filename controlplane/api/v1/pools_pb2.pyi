@@ -111,7 +111,7 @@ class Pool(_message.Message):
     ready: _builtins.int
     """sum over the hosts"""
     message: _builtins.str
-    """why it cannot be whole: no host holds the image, not all fit, ..."""
+    """why it cannot be whole: no host holds the image, not all fit, the quota is used, ..."""
     resource_version: _builtins.int
     etag: _builtins.str
     @_builtins.property

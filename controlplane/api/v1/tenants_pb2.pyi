@@ -28,7 +28,9 @@ DESCRIPTOR: _descriptor.FileDescriptor
 
 @_typing.final
 class Quota(_message.Message):
-    """Bounds; one that is unset is none."""
+    """Bounds; one that is unset is none. A member of a warm pool counts as a sandbox of its pool's resources; one that is
+    claimed is the sandbox's, and the pool is filled up again as far as the quota leaves room.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -40,9 +42,9 @@ class Quota(_message.Message):
     IMAGE_MIB_FIELD_NUMBER: _builtins.int
     CHECKPOINT_MIB_FIELD_NUMBER: _builtins.int
     sandboxes: _builtins.int
-    """live ones"""
+    """live ones, and members of pools"""
     memory_min_mib: _builtins.int
-    """the sum of their and the pools' guarantees"""
+    """the sum of their guarantees"""
     memory_max_mib: _builtins.int
     """the sum of their ceilings"""
     cpu_milli: _builtins.int
