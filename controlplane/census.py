@@ -1,13 +1,14 @@
 """The hosts as the scheduler sees them, kept up as the view changes: their states, and the index over them.
 
-Only hosts that something changed on are counted anew, and only when somebody asks.
+Only hosts that something changed on are counted anew, and only when somebody asks. A placement that is assumed goes
+into the index as it is: counting all that a host runs for each one more would be most of what a create costs.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
-from controlplane.scheduler import HostState
+from controlplane.scheduler import Demand, HostState
 from controlplane.scheduler_index import Index
 
 
@@ -21,10 +22,19 @@ class Census:
         self._index = Index()
         self._unindexed: set[str] = set()
         self._stale: set[str] = set()
+        self._assumed: set[str] = set()  # the index knows, the states do not
 
     def touch(self, host: str) -> None:
         """Something changed there."""
         self._stale.add(host)
+
+    def assume(self, host: str, demand: Demand) -> None:
+        """One more runs there, which the host has not reported yet."""
+        if host in self._stale or host in self._unindexed or host not in self._index:
+            self.touch(host)
+            return
+        self._index.assume(host, demand)
+        self._assumed.add(host)
 
     def clear(self) -> None:
         """Everything may have changed."""
@@ -32,6 +42,7 @@ class Census:
 
     def states(self) -> list[HostState]:
         """Every host's state, by name."""
+        self._stale |= self._assumed
         self._recount()
         if self._sorted is None:
             self._sorted = [state for _, state in sorted(self._states.items())]
@@ -39,6 +50,7 @@ class Census:
 
     def state(self, host: str) -> HostState | None:
         """One host's."""
+        self._stale |= self._assumed & {host}
         self._recount()
         return self._states.get(host)
 
@@ -72,5 +84,6 @@ class Census:
             else:
                 self._states[name] = state
         self._unindexed |= self._stale
+        self._assumed -= self._stale
         self._stale.clear()
         self._sorted = None

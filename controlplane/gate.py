@@ -14,7 +14,7 @@ from __future__ import annotations
 import asyncio
 import inspect
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import aclosing, asynccontextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -36,9 +36,6 @@ log = logging.getLogger("sandloom.controlplane.gate")
 Context = grpc.aio.ServicerContext[Any, Any]
 if TYPE_CHECKING:
     Handler = grpc.RpcMethodHandler[Any, Any]
-    Interceptor = grpc.aio.ServerInterceptor[Any, Any]
-else:
-    Interceptor = grpc.aio.ServerInterceptor
 
 UNARY_DEADLINE_S = 30.0
 """How long a call that answers once may take when the client set no deadline of its own."""
@@ -63,8 +60,8 @@ class Caller:
         return self.identity.role is Role.OPERATOR
 
 
-class Gate(Interceptor):
-    """One server's gate, and an interceptor of it. `close` ends every call that is open."""
+class Gate:
+    """One server's gate: services are registered at `guarding`. `close` ends every call that is open."""
 
     def __init__(
         self, is_tenant: Callable[[str], bool], is_host: Callable[[str, str], bool],
@@ -113,19 +110,19 @@ class Gate(Interceptor):
         finally:
             self._open.discard(task)
 
-    async def intercept_service(
-        self,
-        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Handler]],
-        handler_call_details: grpc.HandlerCallDetails,
-    ) -> Handler:
+    def guarding(self, server: grpc.aio.Server) -> Any:
+        """Where services are to be registered instead of `server`, so that their calls pass here. An interceptor would
+        make every handler anew for every call."""
+        return _Guarded(server, self._guarded)
+
+    def _guarded(self, method: str, handler: Handler) -> Handler:
         """Marks which streams are about to send: a task that is cancelled inside grpc's own code sends no status.
         Refuses requests that are no messages, which grpc's own code would tell of without details."""
-        handler, method = await continuation(handler_call_details), str(handler_call_details.method)
-        if handler and inspect.iscoroutinefunction(handler.unary_unary):
+        if inspect.iscoroutinefunction(handler.unary_unary):
             return grpc.unary_unary_rpc_method_handler(
                 _read(handler.unary_unary, method), _parser(handler.request_deserializer), handler.response_serializer
             )
-        inner: Any = handler and (handler.unary_stream or handler.stream_stream)
+        inner: Any = handler.unary_stream or handler.stream_stream
         if not inspect.isasyncgenfunction(inner):
             return handler
 
@@ -192,6 +189,21 @@ class Gate(Interceptor):
                 task.cancel()
         if ending:
             await asyncio.wait(ending, timeout=grace_s)
+
+
+class _Guarded:
+    """The part of a server that generated code registers services at."""
+
+    def __init__(self, server: grpc.aio.Server, guarded: Callable[[str, Handler], Handler]) -> None:
+        self._server, self._guarded = server, guarded
+
+    def add_generic_rpc_handlers(self, handlers: object) -> None:
+        """Nothing: generated code names the same ones by service next."""
+
+    def add_registered_method_handlers(self, service: str, handlers: Mapping[str, Handler]) -> None:
+        """All methods of a service."""
+        guarded = {name: self._guarded(f"/{service}/{name}", handler) for name, handler in handlers.items()}
+        self._server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(service, guarded),))
 
 
 def _parser(parse: Any) -> Callable[[bytes], Any]:

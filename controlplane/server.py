@@ -138,18 +138,19 @@ class ControlPlane:
 
     def add_to(self, server: grpc.aio.Server) -> None:
         """Registers every service."""
+        guarded = self.gate.guarding(server)
         streams = Streams(self.locator, self.links, self.view)
         sandboxes_pb2_grpc.add_SandboxesServicer_to_server(
             SandboxesService(
                 self.gate, self.store, self.records, self.sandboxes, self.event_log, streams, dict(self.config.services)
             ),
-            server,
+            guarded,
         )
         images_pb2_grpc.add_ImagesServicer_to_server(
-            ImagesService(self.gate, self.store, self.view, self.images, self.links), server
+            ImagesService(self.gate, self.store, self.view, self.images, self.links), guarded
         )
         hosts_pb2_grpc.add_HostsServicer_to_server(
-            HostsService(self.gate, self.store, self.registry, self.view, self.drains, self.joining), server
+            HostsService(self.gate, self.store, self.registry, self.view, self.drains, self.joining), guarded
         )
         hosts_pb2_grpc.add_HostSyncServicer_to_server(
             HostSyncService(
@@ -161,11 +162,11 @@ class ControlPlane:
                 self.distribution,
                 self.tenants.quota,
             ),
-            server,
+            guarded,
         )
-        checkpoints_pb2_grpc.add_CheckpointsServicer_to_server(CheckpointsService(self.gate, self.checkpoints), server)
-        pools_pb2_grpc.add_PoolsServicer_to_server(PoolsService(self.gate, self.store, self.pools), server)
-        tenants_pb2_grpc.add_TenantsServicer_to_server(TenantsService(self.gate, self.tenants, self.view), server)
+        checkpoints_pb2_grpc.add_CheckpointsServicer_to_server(CheckpointsService(self.gate, self.checkpoints), guarded)
+        pools_pb2_grpc.add_PoolsServicer_to_server(PoolsService(self.gate, self.store, self.pools), guarded)
+        tenants_pb2_grpc.add_TenantsServicer_to_server(TenantsService(self.gate, self.tenants, self.view), guarded)
         health_pb2_grpc.add_HealthServicer_to_server(self.health, server)
         reflection.enable_server_reflection((*SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
 
@@ -181,7 +182,7 @@ async def running(config: Config, leadership: Leadership | None = None) -> Async
     """A control plane that serves while the block runs, with its address. Ends everything it started."""
     async with open_store(config) as store, HostLinks(config.tls) as links:
         plane = ControlPlane(config, store, links, leadership)
-        server = grpc.aio.server(interceptors=[plane.gate], options=server_options())
+        server = grpc.aio.server(options=server_options())
         plane.add_to(server)
         port = _bind(server, config)
         tasks = [

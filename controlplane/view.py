@@ -159,7 +159,7 @@ class View:
         """Counts a placement until the view shows the sandbox, or until it is released. `record` is it, encoded."""
         self._assumed[sandbox.uid] = sandbox, record
         self._assumed_on.setdefault(sandbox.host, {})[sandbox.uid] = sandbox
-        self.census.touch(sandbox.host)
+        self.census.assume(sandbox.host, scheduler.demand_of(sandbox, self.measured.expected))
 
     def is_assumed(self, uid: str) -> bool:
         """Whether a placement of it is on its way."""

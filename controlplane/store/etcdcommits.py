@@ -26,7 +26,7 @@ PART_OPS = 60
 MOST_WRITES = PART_OPS * PART_OPS
 GROUP_BYTES = 1 << 20
 IN_FLIGHT = 2
-LINGER_S, LINGERS = 0.003, 6
+LINGER_S, LINGERS = 0.008, 5
 """How long commits wait for more while those keep coming, and how often; one that comes alone goes at once."""
 
 

@@ -17,6 +17,7 @@ from controlplane.model import (
     Capacity,
     DesiredState,
     Host,
+    LayerSize,
     Phase,
     Residency,
     Resources,
@@ -25,6 +26,7 @@ from controlplane.model import (
     SandboxStatus,
 )
 from controlplane.quotas import UNBOUNDED
+from controlplane.scheduler_values import HostFacts
 from controlplane.store.contract import Delete, Put, Store, Write
 from controlplane.store.sqlite import open_sqlite
 from controlplane.view import View
@@ -98,6 +100,33 @@ async def test_what_it_counts_as_it_goes_is_what_a_count_of_everything_gives(tmp
                 mine = {s.uid for s in view.sandboxes.values() if s.host == "h1"}
                 assert {s.uid for s in view.on_host("h1")} == mine
                 assert view.open_ends == {s.uid for s in view.sandboxes.values() if lifecycle.is_open_ended(s)}
+
+
+async def test_what_is_assumed_counts_in_the_index_as_if_all_were_counted_anew(tmp_path: Path) -> None:
+    random = Random(7)
+    async with viewed(tmp_path / "s.db") as (store, view):
+        hosts = [Host(f"h{n}", Capacity(9000, 9000, 64, 8000), "x:1", 1.0) for n in range(3)]
+        writes: list[Write] = [Put(keys.host(host.name), codec.encode(host)) for host in hosts]
+        await view.reached(await store.commit([*writes, *(Put(keys.alive(host.name), b"") for host in hosts)]))
+        for step in range(60):
+            one = sandbox(f"u{step}", random.choice(hosts).name)
+            one = replace(one, status=SandboxStatus(Phase.SCHEDULED), layers=(LayerSize(f"l{step % 4}", 5 << 20),))
+            if random.randrange(2):
+                view.census.index()  # nothing is to be counted anew when it is assumed
+            view.assume(one, codec.encode(one))
+            if random.randrange(3) == 0:
+                view.release(one.uid)
+            elif random.randrange(2):
+                await view.reached(await store.commit([stored(one)]))
+            seen = {row.name: _numbers(row) for row in view.census.index().rows()}
+            assert seen == {state.name: _numbers(state) for state in view.survey()}
+
+
+def _numbers(host: HostFacts) -> tuple[object, ...]:
+    return (
+        host.unpromised_mib, host.usable_mib, host.uncommitted_mib, host.cpu_asked_milli, host.settling,
+        dict(host.groups),
+    )  # fmt: skip
 
 
 async def test_a_record_that_cannot_be_read_hides_no_other_one(
