@@ -112,11 +112,53 @@ def demand_chart(title: str, moments: Sequence[Moment], losses: Sequence[float] 
             f'<line x1="{x:.1f}" y1="{top}" x2="{x:.1f}" y2="{bottom}" stroke="{CAPACITY}" stroke-dasharray="3 3"/>'
         )
         lines.append(_text(x + 4, top + 12, "hosts lost", colour=CAPACITY, size=11))
+    lines += _time_axis(first_s, last_s, lambda time_s: at(time_s, 0)[0], bottom)
+    return _figure(title, height, lines)
+
+
+@dataclass(frozen=True)
+class Series:
+    """A value over time (seconds, MiB), which holds until its next point; a line, or an area below it."""
+
+    name: str
+    points: tuple[tuple[float, float], ...]
+    colour: str
+    filled: bool = False
+
+
+def step_chart(title: str, series: Sequence[Series]) -> str:
+    """Several values over the same time, on one scale, with a legend."""
+    top, bottom, height = 58, 300, 340
+    points = [point for one in series for point in one.points]
+    if not points:
+        return _figure(title, height, [_text(LEFT, top + 20, "nothing happened")])
+    first_s, last_s = min(x for x, _ in points), max(max(x for x, _ in points), min(x for x, _ in points) + 1e-9)
+    scale = 1.08 * max(1.0, *(y for _, y in points))
+
+    def at(time_s: float, mib: float) -> tuple[float, float]:
+        x = LEFT + (WIDTH - LEFT - RIGHT) * (time_s - first_s) / (last_s - first_s)
+        return x, bottom - (bottom - top) * mib / scale
+
+    lines = [_legend([(one.name, one.colour) for one in series])]
+    for share in (0.25, 0.5, 0.75, 1.0):
+        y = bottom - (bottom - top) * share
+        lines.append(f'<line x1="{LEFT}" y1="{y:.1f}" x2="{WIDTH - RIGHT}" y2="{y:.1f}" stroke="#0001"/>')
+        lines.append(_text(LEFT - 8, y + 4, gib(scale * share), anchor="end", size=11))
+    for one in sorted(series, key=lambda each: not each.filled):
+        if one.points:
+            corners = [at(*pair) for pair in _steps(one.points)]
+            lines.append(_area(corners, bottom, one.colour, 0.55) if one.filled else _line(corners, one.colour))
+    lines += _time_axis(first_s, last_s, lambda time_s: at(time_s, 0)[0], bottom)
+    return _figure(title, height, lines)
+
+
+def _time_axis(first_s: float, last_s: float, at: Callable[[float], float], bottom: float) -> list[str]:
+    labels = []
     for share in (0.0, 0.25, 0.5, 0.75, 1.0):
         time_s = first_s + (last_s - first_s) * share
         anchor = "end" if share == 1 else "middle"
-        lines.append(_text(at(time_s, 0)[0], bottom + 18, duration(time_s), anchor=anchor, size=11))
-    return _figure(title, height, lines)
+        labels.append(_text(at(time_s), bottom + 18, duration(time_s), anchor=anchor, size=11))
+    return labels
 
 
 def duration(seconds: float) -> str:
