@@ -68,6 +68,7 @@ def fits(pool: PoolSpec, spec: SandboxSpec) -> bool:
         and not spec.checkpoint
         and spec.sandbox_class is pool.sandbox_class
         and not spec.network.veth
+        and not (spec.services.answered and spec.sandbox_class is SandboxClass.HOST_KERNEL)  # its filter is made first
         and (pool.tenant, pool.image_digest) == (spec.tenant, spec.image_digest)
         and pool.resources.vcpus == spec.resources.vcpus
         and pool.ceiling_mib == ceiling_bucket_mib(spec.resources.memory_max_mib)

@@ -31,7 +31,7 @@ _ALL = (Answerer.KERNEL, Answerer.TOOL, Answerer.DENY)
 SERVABLE: dict[str, dict[Service, tuple[Answerer, ...]]] = {
     "guest-kernel": {Service.SOCKETS: _ALL, Service.DNS: _ALL},
     "user-kernel": {},
-    "host-kernel": {},
+    "host-kernel": {Service.SOCKETS: _ALL, Service.DNS: _ALL},
 }
 """By class and service; what is not named is the kernel's only."""
 

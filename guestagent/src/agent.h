@@ -43,7 +43,8 @@ enum role {
     ROLE_NOTIFY,
     ROLE_TUN,
     ROLE_SERVICES,
-    ROLE_FLOW
+    ROLE_FLOW,
+    ROLE_RUNTIME
 };
 
 enum proc_state { PROC_FREE, PROC_STARTING, PROC_RUNNING, PROC_EXITED };
@@ -127,6 +128,7 @@ enum shutdown_phase { SHUTDOWN_NONE, SHUTDOWN_GRACE, SHUTDOWN_KILLED, SHUTDOWN_D
 
 struct agent {
     bool in_guest;    /* PID 1 of a guest; else the same program on a build machine (main.c) */
+    bool supervises;  /* and nothing else: beside a sandbox of the host's kernel (host.c) */
     const char *root; /* what becomes the workload's root */
     int epoll_fd, signal_fd, port_fd, listener_fd, pressure_fd;
     bool greeted;   /* HELLO was answered in this session */
@@ -149,6 +151,8 @@ struct agent {
     struct defence defence;
     struct services *services; /* services.h */
     int services_given_fd;     /* on a build machine: the port, or -1 */
+    int services_listener_fd;  /* beside a sandbox: where hosts connect to the port, one after the other */
+    int runtime_fd;            /* and where the runtime brings listeners of filters */
     enum shutdown_phase shutdown;
     uint64_t shutdown_ms; /* when its phase is over */
     uint64_t oom_kills, oom_check_ms;

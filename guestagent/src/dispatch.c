@@ -137,6 +137,9 @@ enum { ALREADY = -1 };
 
 static int request(struct agent *agent, const struct message *message) {
     int error;
+    if (agent->supervises && message->kind != KIND_SERVICES) {
+        return because(agent, EOPNOTSUPP, "this one answers system calls, and nothing else", "");
+    }
     switch (message->kind) {
     case KIND_CONFIGURE:
         error = configure_begin(agent, message);

@@ -103,6 +103,9 @@ static void take(struct agent *agent, const struct epoll_event *event) {
     case ROLE_FLOW:
         flow_ready(agent, slot, (uint32_t)(event->data.u64 >> 32), event->events);
         break;
+    case ROLE_RUNTIME:
+        host_ready(agent, slot);
+        break;
     case ROLE_PORT: /* read and written on every turn, see below */
     case ROLE_LISTENER:
         break;

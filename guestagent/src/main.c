@@ -6,7 +6,10 @@
  * power): FD is a connected stream socket, or a listening one whose connections follow each other as hosts on
  * a port do. DIR
  * ("/" too) is the root of the workload, which gets its namespaces, its /dev and its limits as in a guest.
- * Needs root.
+ * Needs root. Or, beside a sandbox of the host's own kernel (host.c),
+ *
+ *     sandloom-agent --supervise AGENT_FD SERVICES_FD RUNTIME_FD
+ *     sandloom-agent --calls WHO
  */
 #include <errno.h>
 #include <fcntl.h>
@@ -46,6 +49,7 @@ static bool prepare(void) {
     agent.epoll_fd = epoll_create1(EPOLL_CLOEXEC);
     agent.signal_fd = signalfd(-1, &children, SFD_NONBLOCK | SFD_CLOEXEC);
     agent.port_fd = agent.listener_fd = agent.pressure_fd = -1;
+    agent.services_given_fd = agent.services_listener_fd = agent.runtime_fd = -1;
     agent.freezer.group_fd = agent.freezer.apart_fd = -1;
     if (!services_open(&agent) || rx == NULL || tx == NULL || agent.epoll_fd < 0 || agent.signal_fd < 0) {
         return false;
@@ -76,7 +80,6 @@ static bool use_socket(const char *number) {
 
 static bool use_services(char **given) {
     uint64_t fd;
-    agent.services_given_fd = -1;
     if (given == NULL) {
         return true;
     }
@@ -99,11 +102,27 @@ static void spare_from_oom(void) {
     }
 }
 
+static int supervise(char **numbers) {
+    agent.supervises = agent.configured = true;
+    if (!use_socket(numbers[0]) || !host_open(&agent, numbers + 1)) {
+        log_line("no listening sockets to supervise by", "", errno);
+        return 2;
+    }
+    read_boot_id();
+    return agent_loop(&agent);
+}
+
 int main(int argc, char **argv) {
     agent.in_guest = getpid() == 1;
+    if (!agent.in_guest && argc == 3 && strcmp(argv[1], "--calls") == 0) {
+        return host_tell_calls(argv[2]);
+    }
     if (!prepare()) {
         log_line("cannot begin", "", errno);
         return 1;
+    }
+    if (!agent.in_guest && argc == 5 && strcmp(argv[1], "--supervise") == 0) {
+        return supervise(argv + 2);
     }
     if (agent.in_guest) {
         agent.root = "/o";

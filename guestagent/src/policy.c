@@ -85,6 +85,16 @@ size_t filter_build(const struct policy *policy, struct sock_filter *to, size_t 
     return program.size <= room ? program.size : 0;
 }
 
+const struct served *served_next(const struct policy *policy, size_t *at) {
+    while (*at < ROWS) {
+        const struct served *row = &served_calls[(*at)++];
+        if (applies(row, policy)) {
+            return row;
+        }
+    }
+    return NULL;
+}
+
 const struct served *served_why(const struct policy *policy, uint32_t number, const uint64_t arguments[6]) {
     for (size_t i = 0; i < ROWS; i++) {
         const struct served *row = &served_calls[i];

@@ -49,6 +49,9 @@ bool policy_filters(const struct policy *policy);
  * ENOSYS. Returns the instructions written; 0 when there is nothing to filter, or no room. */
 size_t filter_build(const struct policy *policy, struct sock_filter *to, size_t room);
 
+/* The next row that applies under the policy, from `*at` on, which moves behind it; NULL after the last. */
+const struct served *served_next(const struct policy *policy, size_t *at);
+
 /* Why the filter notified this call; NULL when it would not have. */
 const struct served *served_why(const struct policy *policy, uint32_t number, const uint64_t arguments[6]);
 

@@ -55,6 +55,9 @@ static int open_port(const char *wanted) {
 }
 
 int services_port(struct agent *agent) {
+    if (agent->supervises) {
+        return accept4(agent->services_listener_fd, NULL, NULL, SOCK_NONBLOCK | SOCK_CLOEXEC);
+    }
     return agent->in_guest ? open_port("sandloom.services") : agent->services_given_fd;
 }
 

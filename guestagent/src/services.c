@@ -60,12 +60,19 @@ void services_hung_up(struct agent *agent) {
 
 static int open_port(struct agent *agent) {
     struct services *services = agent->services;
-    if (services->port_fd < 0) {
-        services->port_fd = services_port(agent);
-        if (services->port_fd < 0) {
-            return because(agent, ENODEV, "no virtio port is called ", "sandloom.services");
+    if (services->port_fd < 0 || agent->supervises) {
+        int port = services_port(agent);
+        if (port < 0 && services->port_fd < 0) {
+            return because(agent, ENODEV, "the host is not at the port ", "sandloom.services");
         }
-        watch(agent, services->port_fd, ROLE_SERVICES, 0, 0, EPOLLIN | EPOLLET);
+        if (port >= 0 && services->port_fd >= 0) {
+            close(services->port_fd); /* a former host's; epoll forgets it, too */
+        }
+        if (port >= 0) {
+            services->port_fd = port;
+            services->port_blocked = false;
+            watch(agent, port, ROLE_SERVICES, 0, 0, EPOLLIN | EPOLLET);
+        }
     }
     return 0;
 }

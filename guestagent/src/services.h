@@ -107,6 +107,11 @@ uint32_t flow_slot(const struct agent *agent, const struct flow *flow);
 /* Queues a frame without payload. */
 void flow_say(struct agent *agent, struct flow *flow, enum mux_type type);
 void flow_joined(struct agent *agent, struct flow *flow, int error);
+/* host.c: beside a sandbox of the host's own kernel */
+bool host_open(struct agent *agent, char **numbers);
+void host_ready(struct agent *agent, uint32_t slot);
+int host_tell_calls(const char *who);
+
 /* datagram.c */
 void datagram_ready(struct agent *agent);
 void datagram_take(struct agent *agent, const struct mux_frame *frame);

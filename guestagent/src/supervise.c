@@ -2,6 +2,7 @@
 
 #include <errno.h>
 #include <fcntl.h>
+#include <linux/audit.h>
 #include <linux/seccomp.h>
 #include <signal.h>
 #include <string.h>
@@ -64,6 +65,7 @@ bool supervise_add(struct agent *agent, int listener) {
     }
     /* Where the kernel has it the caller runs on as soon as it is answered, on the same CPU. */
     ioctl(listener, SECCOMP_IOCTL_NOTIF_SET_FLAGS, SECCOMP_USER_NOTIF_FD_SYNC_WAKE_UP);
+    services->used = true;
     services->listeners[slot].fd = listener;
     services->listeners[slot].generation = ++agent->generation;
     watch(agent, listener, ROLE_NOTIFY, slot, services->listeners[slot].generation, EPOLLIN);
@@ -116,6 +118,10 @@ void supervise_ready(struct agent *agent, uint32_t slot, uint32_t events) {
                         .number = (uint32_t)notification.it.data.nr};
     for (int i = 0; i < 6; i++) {
         call.arguments[i] = notification.it.data.args[i];
+    }
+    if (notification.it.data.arch != AUDIT_ARCH_X86_64) {
+        call_error(&call, ENOSYS); /* its numbers are another table's */
+        return;
     }
     serve(agent, &call);
 }

@@ -32,7 +32,8 @@ struct call {
  * errno; -1 with errno 0 when the policy needs none. */
 int filter_install(const struct policy *policy);
 
-/* Takes over a listener. False, and it is closed, when there are too many. */
+/* Takes over a listener. The policy is fixed from then on. False, and it is closed, when there are too many.
+ */
 bool supervise_add(struct agent *agent, int listener);
 /* Answers what waits at the listener in slot `slot`; closes it when its last process is gone. */
 void supervise_ready(struct agent *agent, uint32_t slot, uint32_t events);

@@ -25,6 +25,7 @@ from hostd.errors import StartFailed
 from hostd.services.account import Account, Refusal
 from hostd.services.datagrams import Datagrams
 from hostd.services.flows import Flow
+from hostd.services.notified import answerers_of
 from hostd.services.reach import Reach, host_side, sandbox_side
 from hostd.services.syscalls import syscall_name
 from hostd.tasks import OwnedTasks
@@ -275,8 +276,7 @@ class SocketsTool(asyncio.Protocol):
 
 def services_of(policy: ServicePolicy, nonce: bytes) -> Services:
     """The policy as the agent takes it."""
-    numbers = {Answerer.KERNEL: 0, Answerer.TOOL: 1, Answerer.DENY: 2}
-    return Services(tuple(numbers[policy.of(service)] for service in Service), nonce)
+    return Services(answerers_of(policy), nonce)
 
 
 def needed(policy: ServicePolicy) -> bool:

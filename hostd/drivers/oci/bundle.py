@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from hostd.drivers.oci.users import Identity
+from hostd.services.notified import NotifiedCall
 from hostd.spec import Command
 
 CAPABILITIES = (
@@ -34,12 +35,21 @@ TTY_GID = 5
 CLONE_NEW_FLAGS = 0x7E020000
 """CLONE_NEWNS, CGROUP, UTS, IPC, USER, PID, NET of clone(2)."""
 
-AF_VSOCK = 40
+AF_VSOCK, AF_END = 40, 46
 ENOSYS, EPERM = 38, 1
 SECCOMP_ARCHITECTURES = {
     "x86_64": ("SCMP_ARCH_X86_64", "SCMP_ARCH_X86", "SCMP_ARCH_X32"),
     "aarch64": ("SCMP_ARCH_AARCH64", "SCMP_ARCH_ARM"),
 }
+
+
+@dataclass(frozen=True)
+class Notify:
+    """Who answers which calls: the runtime takes each filter's listener to the socket `listener`."""
+
+    listener: Path
+    calls: tuple[NotifiedCall, ...]
+    flags: tuple[str, ...] = ()  # of seccomp(2), as this host's runtime knows them
 
 
 @dataclass(frozen=True)
@@ -54,6 +64,7 @@ class BundleShape:
     cgroup_namespace: bool = True
     netns: Path | None = None  # None: a new one with lo only
     open_files: int = OPEN_FILES
+    notify: Notify | None = None  # needs `machine`
     root_hook: Path | None = None  # a program that takes away what crun gives the root: devices of the image, setuid
 
 
@@ -111,7 +122,7 @@ def config_json(command: Command, identity: Identity, shape: BundleShape) -> dic
         "rootfsPropagation": "private",
     }
     if shape.machine:
-        linux["seccomp"] = seccomp_profile(shape.machine)
+        linux["seccomp"] = seccomp_profile(shape.machine, shape.notify)
     hook = shape.root_hook
     hooks = [{"path": str(hook), "args": [hook.name, "nodev", str(shape.rootfs)]}] if hook else []
     return {
@@ -140,34 +151,52 @@ def _syscalls() -> tuple[tuple[str, ...], tuple[str, ...]]:
 
 
 @cache
-def seccomp_profile(machine: str) -> dict[str, Any]:
+def seccomp_profile(machine: str, notify: Notify | None = None) -> dict[str, Any]:
     """The default filter: what is not on the list is ENOSYS, so that programs fall back; what is known to be refused is
-    EPERM. clone(2) must not make namespaces, and clone3(2), whose flags a filter cannot read, is ENOSYS."""
+    EPERM. clone(2) must not make namespaces, and clone3(2), whose flags a filter cannot read, is ENOSYS.
+
+    With `notify` its calls are a supervisor's, and calls by other numbers than this machine's own (32-bit, x32) end the
+    caller by SIGSYS, which is what libseccomp has for architectures that are not named: they could go around it."""
     allow, refused = _syscalls()
+    calls = notify.calls if notify else ()
+    served = {call.name for call in calls if call.argument is None}
     no_namespaces = {"index": 0, "value": CLONE_NEW_FLAGS, "valueTwo": 0, "op": "SCMP_CMP_MASKED_EQ"}
     profile: dict[str, Any] = {
         "defaultAction": "SCMP_ACT_ERRNO",
         "defaultErrnoRet": ENOSYS,
         "syscalls": [
-            {"names": list(allow), "action": "SCMP_ACT_ALLOW"},
+            {"names": [name for name in allow if name not in served], "action": "SCMP_ACT_ALLOW"},
             {"names": list(refused), "action": "SCMP_ACT_ERRNO", "errnoRet": EPERM},
             {"names": ["clone"], "action": "SCMP_ACT_ALLOW", "args": [no_namespaces]},
             {"names": ["clone3"], "action": "SCMP_ACT_ERRNO", "errnoRet": ENOSYS},
-            {
-                "names": ["socket"],
-                "action": "SCMP_ACT_ALLOW",
-                "args": [{"index": 0, "value": AF_VSOCK, "op": "SCMP_CMP_NE"}],
-            },
-            *(
-                {
-                    "names": ["personality"],
-                    "action": "SCMP_ACT_ALLOW",
-                    "args": [{"index": 0, "value": value, "op": "SCMP_CMP_EQ"}],
-                }
-                for value in (0x0, 0x8, 0x20000, 0x20008, 0xFFFFFFFF)
-            ),
+            *_socket_rules(calls),
+            *(_rule("personality", "SCMP_ACT_ALLOW", 0, value) for value in (0x0, 0x8, 0x20000, 0x20008, 0xFFFFFFFF)),
+            *({"names": [name], "action": "SCMP_ACT_NOTIFY"} for name in sorted(served)),
         ],
     }
     if machine in SECCOMP_ARCHITECTURES:
-        profile["architectures"] = list(SECCOMP_ARCHITECTURES[machine])
+        profile["architectures"] = list(SECCOMP_ARCHITECTURES[machine][: 1 if notify else None])
+    if notify and calls:
+        profile["listenerPath"] = str(notify.listener)
+        profile["flags"] = list(notify.flags)
     return profile
+
+
+def _rule(name: str, action: str, index: int, value: int, op: str = "SCMP_CMP_EQ") -> dict[str, Any]:
+    return {"names": [name], "action": action, "args": [{"index": index, "value": value, "op": op}]}
+
+
+def _socket_rules(calls: tuple[NotifiedCall, ...]) -> list[dict[str, Any]]:
+    """socket(2) by its family. Rules that overlap have no order in libseccomp: where some families are served, the
+    others are allowed one by one. ValueError for another call that is served by an argument: there is no such rule."""
+    by_argument = [call for call in calls if call.argument is not None]
+    if not by_argument:
+        return [_rule("socket", "SCMP_ACT_ALLOW", 0, AF_VSOCK, "SCMP_CMP_NE")]
+    if any((call.name, call.argument) != ("socket", 0) for call in by_argument):
+        raise ValueError(f"no rule for {by_argument}")
+    served = {call.value for call in by_argument}
+    open_to_all = [family for family in range(AF_END) if family not in served | {AF_VSOCK}]
+    return [
+        *(_rule("socket", "SCMP_ACT_NOTIFY", 0, family) for family in sorted(served)),
+        *(_rule("socket", "SCMP_ACT_ALLOW", 0, family) for family in open_to_all),
+    ]

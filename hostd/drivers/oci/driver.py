@@ -6,6 +6,7 @@
         agent.sock        where the sandbox's monitor listens (hostd/drivers/oci/src)
         state             the runtime's own state
         monitor.log, runtime.log
+    and, when a tool answers some of its calls, what hostd/drivers/oci/supervisor.py makes;
     beside them, for a sandbox with a link to its host, what hostd/drivers/oci/network.py makes
 
 The monitor and all that the runtime starts are in the sandbox's cgroup: what is in it is the sandbox, also when hostd
@@ -25,7 +26,7 @@ import socket
 import subprocess
 import time
 from collections.abc import Callable
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, ExitStack
 from dataclasses import replace
 from pathlib import Path
 
@@ -36,18 +37,21 @@ from hostd.cgroups import Hierarchy
 from hostd.drivers.contract import Checkpointing, Engine, StartPlan, Warming
 from hostd.drivers.oci import identity
 from hostd.drivers.oci.checkpointing import Beginning, OciCheckpointing, go_on
-from hostd.drivers.oci.engine import OciEngine, Place
+from hostd.drivers.oci.engine import OciEngine
 from hostd.drivers.oci.monitor import MONITOR
 from hostd.drivers.oci.mounts import Layers
 from hostd.drivers.oci.network import Links
+from hostd.drivers.oci.place import Place
 from hostd.drivers.oci.plan import limits_for, upper_mib
 from hostd.drivers.oci.runtime import Runtime
+from hostd.drivers.oci.supervisor import listen, require_able, supervised
 from hostd.drivers.oci.warming import OciWarming
 from hostd.drivers.seat import seat_of
 from hostd.errors import AgentLost, ConfigError, HostdError, StartFailed
 from hostd.journal import Handle
 from hostd.process import WatchedProcess, is_zombie, open_same, reap, start_ticks
 from hostd.removal import remove_folder
+from hostd.services.sockets import needed
 from hostd.tasks import to_its_end
 
 GREET_DEADLINE_S = 10.0
@@ -100,9 +104,11 @@ class OciDriver:
         try:
             async with AsyncExitStack() as stack:
                 link, process = await self.reach(plan, handle, stack)
+                place = self.place(plan, handle)
+                supervisor = await supervised(plan.spec.services, place.folder, process, plan.tell, stack)
                 phases = (("vmm", vmm_s - begin_s), ("kernel", 0.0), ("agent", self._clock() - vmm_s))
                 stack.pop_all()
-                return OciEngine(self.place(plan, handle), handle, process, link, phases)
+                return OciEngine(place, handle, process, link, phases, supervisor)
         except BaseException:
             await to_its_end(self.destroy(plan.spec.uid, plan.folder, handle))
             raise
@@ -130,16 +136,21 @@ class OciDriver:
         seat = seat_of(spec.uid, plan.folder, handle)
         if spec.network.veth:
             runtime, netns = replace(runtime, network="sandbox"), self.links.namespace(spec.uid)
-        return Place(seat.name, spec.hostname, seat.folder, runtime, self.cgroups, netns, bool(handle.member))
+        elif needed(spec.services):
+            netns = Path(f"/proc/{handle.pid}/ns/net")  # the monitor's own: its supervisor is in it
+        return Place(
+            seat.name, spec.hostname, seat.folder, runtime, self.cgroups, netns, spec.services, bool(handle.member)
+        )
 
     def _launch(self, plan: StartPlan, beginning: Beginning) -> Handle:
         """Makes directory and cgroup, starts the monitor and mounts while that joins its cgroup, which the kernel takes
         milliseconds for. Blocks as long."""
         spec = plan.spec
+        require_able(spec.services, self.runtime, veth=spec.network.veth)
         plan.folder.mkdir(parents=True, mode=0o700)
         procs = self.cgroups.create(spec.uid, limits_for(spec.resources, self.runtime))
         cover = COVERED if spec.network.veth and self.runtime.name == "runsc" else ""
-        pid = self._start_monitor(plan.folder, procs, beginning.offsets, cover)
+        pid = self._start_monitor(plan.folder, procs, beginning.offsets, cover, supervise=needed(spec.services))
         ticks = start_ticks(pid)
         fill = beginning.fill
         address = ""
@@ -148,7 +159,7 @@ class OciDriver:
                 address = self.links.make(spec.uid, spec.network).address
             if fill is None:
                 self.layers.mount_rootfs(plan.folder, plan.layers, upper_mib(spec.resources))
-                identity.write(plan.folder / "rootfs", spec.uid, spec.hostname)
+                identity.write(plan.folder / "rootfs", spec.uid, spec.hostname, identity.resolver_of(spec.services))
             else:
                 self.layers.mount_rootfs(
                     plan.folder, plan.layers, upper_mib(spec.resources), lambda upper: fill(upper, procs)
@@ -164,15 +175,21 @@ class OciDriver:
         handle = Handle(pid, ticks, plan.vm_uid, self.runtime.accel, 0, ceiling_mib, os.cpu_count() or 1)
         return replace(handle, checkpoint=spec.checkpoint, address=address)
 
-    def _start_monitor(self, folder: Path, procs: list[Path], begin: tuple[int, int], cover: str) -> int:
+    def _start_monitor(
+        self, folder: Path, procs: list[Path], begin: tuple[int, int], cover: str, *, supervise: bool
+    ) -> int:
         """Its socket listens before it runs, so that nobody has to wait for it."""
-        with socket.socket(socket.AF_UNIX) as listener, (folder / "monitor.log").open("wb") as log:
+        with ExitStack() as stack:
+            listener = stack.enter_context(socket.socket(socket.AF_UNIX))
+            log = stack.enter_context((folder / "monitor.log").open("wb"))
             listener.bind(str(folder / "agent.sock"))
             listener.listen(4)
             argv = [str(MONITOR), str(folder), str(listener.fileno()), *(["--init"] if self.runtime.init else [])]
             argv += ["--hide", self.runtime.hide] if self.runtime.hide else []
             argv += ["--cover", cover] if cover else []
             argv += ["--begin", *map(str, begin)] if any(begin) else []
+            served = listen(folder, stack) if supervise else []
+            argv += served
             argv += ["--", *map(str, procs)]
             try:
                 child = subprocess.Popen(
@@ -183,7 +200,7 @@ class OciDriver:
                     cwd="/",
                     env={},
                     start_new_session=True,
-                    pass_fds=(listener.fileno(),),
+                    pass_fds=(listener.fileno(), *map(int, served[2:])),
                 )
             except OSError as error:
                 raise StartFailed(f"{MONITOR}: {error.strerror}: build it with `make setup`") from error
@@ -218,7 +235,9 @@ class OciDriver:
         main = ProcCarry(MAIN_PROC, offsets.get(1, 0), offsets.get(2, 0), stdin_open=plan.spec.process.stdin)
         async with AsyncExitStack() as stack:
             link, process = await self.reach(plan, handle, stack, SessionCarry(procs=(main,)))
-            engine = OciEngine(self.place(plan, handle), handle, process, link)
+            place = self.place(plan, handle)
+            supervisor = await supervised(plan.spec.services, place.folder, process, plan.tell, stack)
+            engine = OciEngine(place, handle, process, link, supervisor=supervisor)
             if self.checkpointing is not None:  # a former hostd may have died while it took a checkpoint
                 await go_on(engine)
             stack.pop_all()

@@ -12,25 +12,24 @@ import contextlib
 import errno
 import json
 import os
-import resource
 import signal
 from collections.abc import AsyncIterator
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import replace
 
-from guestagent.errors import BadRequest, GuestRefused
+from guestagent.errors import GuestRefused
 from guestagent.messages import MAIN_PROC, StartProcess
 from hostd.agentlink import AgentLink
 from hostd.agentprocess import AgentProcess
-from hostd.cgroups import Hierarchy, Limits
+from hostd.cgroups import Limits
 from hostd.drivers.contract import Exit, Loss, OutputPiece, ProcessLink, Region
-from hostd.drivers.oci.bundle import OPEN_FILES, BundleShape, config_json, process_json
+from hostd.drivers.oci.bundle import config_json, process_json
 from hostd.drivers.oci.memory import SandboxMemory
-from hostd.drivers.oci.monitor import MONITOR
 from hostd.drivers.oci.mounts import resize_upper
+from hostd.drivers.oci.place import Place, asked_of, bundle_shape, open_files
 from hostd.drivers.oci.plan import limits_for, overhead_bytes, upper_mib
 from hostd.drivers.oci.regions import regions_of
-from hostd.drivers.oci.runtime import Runtime, exit_code_of, last_words
+from hostd.drivers.oci.runtime import exit_code_of, last_words
+from hostd.drivers.oci.supervisor import Supervisor
 from hostd.drivers.oci.users import ROOT, ROOT_NAMES, Identity, identity_of
 from hostd.errors import (
     AgentLost,
@@ -60,56 +59,6 @@ LOG_TAIL_CHARS = 8192
 FIRST_RETRY_S, LAST_RETRY_S = 0.02, 1.0
 OOM_POLL_S = 1.0
 RUNTIME_ENV = (b"PATH=/usr/sbin:/usr/bin:/sbin:/bin",)
-
-
-@dataclass(frozen=True)
-class Place:
-    """What a sandbox is on this host."""
-
-    uid: str
-    hostname: str
-    folder: Path
-    runtime: Runtime
-    cgroups: Hierarchy
-    netns: Path | None = None  # None: a new one with lo only
-    warm: bool = False  # its container was there before it: main is one more process of that
-
-    @property
-    def rootfs(self) -> Path:
-        """Its root filesystem, mounted."""
-        return self.folder / "rootfs"
-
-
-def asked_of(command: Command, proc: int) -> StartProcess:
-    """The command as the protocol has it, its user apart. InvalidSpec for what no engine or runtime could serve."""
-    try:
-        return StartProcess(
-            proc=proc,
-            argv=tuple(word.encode() for word in command.argv),
-            env=tuple(f"{key}={value}".encode() for key, value in command.env),
-            cwd=(command.workdir or "/").encode(),
-            tty=command.tty,
-            rows=command.rows,
-            cols=command.cols,
-            stdin=command.stdin,
-        )
-    except BadRequest as error:
-        raise InvalidSpec(f"{command.argv[0] if command.argv else 'command'}: {error}") from error
-    except UnicodeEncodeError as error:
-        raise InvalidSpec("an OCI runtime reads its configuration as JSON: arguments and env must be UTF-8") from error
-
-
-def bundle_shape(place: Place) -> BundleShape:
-    """What its container is."""
-    shape = BundleShape(place.rootfs, place.hostname, netns=place.netns, open_files=open_files())
-    if place.runtime.name == "crun":
-        return replace(shape, init=place.runtime.init, machine=os.uname().machine, root_hook=MONITOR)
-    return shape
-
-
-def open_files() -> int:
-    """How many descriptors a process gets: no more than hostd could have itself."""
-    return min(OPEN_FILES, resource.getrlimit(resource.RLIMIT_NOFILE)[1])
 
 
 def told_by_runsc(exit_: Exit, *, main_ended: bool) -> Exit:
@@ -175,7 +124,9 @@ class OciEngine:
         process: WatchedProcess,
         link: AgentLink,
         start_phases: tuple[tuple[str, float], ...] = (),
+        supervisor: Supervisor | None = None,
     ) -> None:
+        self.supervisor = supervisor
         self.place, self.handle, self.start_phases, self.origin = place, handle, start_phases, ""
         self._process, self.link = process, link
         self.memory_group = SandboxMemory(place.cgroups, place.uid)
@@ -194,12 +145,15 @@ class OciEngine:
 
     async def wait_gone(self) -> Loss:
         """See Engine.wait_gone."""
-        gone, lost = self._process.gone, self.link.lost
-        await asyncio.wait({gone, lost, self._kernel}, return_when=asyncio.FIRST_COMPLETED)
+        gone, lost, supervisor = self._process.gone, self.link.lost, self.supervisor
+        services = {supervisor.tool.lost, supervisor.link.lost} if supervisor else set()
+        await asyncio.wait({gone, lost, self._kernel, *services}, return_when=asyncio.FIRST_COMPLETED)
         if self._kernel.done():
             return Loss("VmmExited", f"the user-space kernel is gone: {self._kernel.result()}")
         if not gone.done():  # its socket closes a moment before the monitor is seen to end
             await asyncio.wait({gone}, timeout=EXIT_LAG_S)
+        if supervisor and (why := supervisor.why_lost(self.place.folder)):
+            return Loss("ServicesLost", why)
         if gone.done():
             return Loss("VmmExited", f"the sandbox's monitor is gone: {gone.result()}")
         return Loss("AgentLost", f"the sandbox's monitor is lost: {lost.result()}")
@@ -395,5 +349,7 @@ class OciEngine:
         """See Engine.detach. Idempotent."""
         self._memory_events.close()
         await self._tasks.aclose()
+        if self.supervisor is not None:
+            await self.supervisor.aclose()
         await self.link.close()
         self._process.close()

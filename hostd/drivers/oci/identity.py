@@ -7,6 +7,7 @@ import hashlib
 import os
 from pathlib import Path
 
+from controlplane.api.services import GATEWAY, Answerer, ServicePolicy
 from hostd.drivers.oci.users import open_in_root
 from hostd.errors import StartFailed
 
@@ -16,22 +17,32 @@ def machine_id(uid: str) -> str:
     return hashlib.sha256(b"sandloom machine-id " + uid.encode()).hexdigest()[:32]
 
 
-def files(uid: str, hostname: str) -> dict[str, str]:
+NO_RESOLVER = "# No name server is given to this sandbox.\n"
+RESOLVER = f"nameserver {GATEWAY}\noptions timeout:3 attempts:2\n"
+"""As the agent writes it in a guest (guestagent/src/identity.c)."""
+
+
+def resolver_of(policy: ServicePolicy) -> str:
+    """What a sandbox's resolv.conf says. Pure."""
+    return RESOLVER if policy.dns is Answerer.TOOL else NO_RESOLVER
+
+
+def files(uid: str, hostname: str, resolver: str = NO_RESOLVER) -> dict[str, str]:
     """Name in /etc and text. Pure."""
     return {
         "hostname": f"{hostname}\n",
         "hosts": f"127.0.0.1\tlocalhost\n::1\tlocalhost ip6-localhost ip6-loopback\n127.0.1.1\t{hostname}\n",
         "machine-id": f"{machine_id(uid)}\n",
-        "resolv.conf": "# No name server is given to this sandbox.\n",
+        "resolv.conf": resolver,
     }
 
 
-def write(root: Path, uid: str, hostname: str) -> None:
+def write(root: Path, uid: str, hostname: str, resolver: str = NO_RESOLVER) -> None:
     """Puts them into the root filesystem mounted at `root`. An image without a usable /etc gets none. Blocks."""
     try:
         folder = os.open(root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
-            _write_below(folder, files(uid, hostname))
+            _write_below(folder, files(uid, hostname, resolver))
         finally:
             os.close(folder)
     except OSError as error:

@@ -7,7 +7,8 @@ of the host and version of the runtime:
 
     CACHE/oci/<sha256 of boot id and the runtime's own words>.json   {"platform": "ptrace", "hide": "", ...}: a Verdict
 
-Whether runsc saves a container and goes on from that is tried, too.
+Whether runsc saves a container and goes on from that is tried, too, and whether crun hands over a container's seccomp
+listener (`listenerPath`), with the flag by which no signal interrupts what is being served (Linux 5.19), or without.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import hashlib
 import json
 import os
 import shutil
+import socket
 import subprocess
 import tempfile
 from collections.abc import AsyncIterator
@@ -25,12 +27,13 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from hostd.cgroups import Hierarchy, Limits
-from hostd.drivers.oci.bundle import BundleShape, config_json
+from hostd.drivers.oci.bundle import BundleShape, Notify, config_json
 from hostd.drivers.oci.driver import require_root
 from hostd.drivers.oci.monitor import MONITOR
 from hostd.drivers.oci.runtime import Runtime
 from hostd.drivers.oci.users import Identity
 from hostd.errors import ConfigError
+from hostd.services.notified import NotifiedCall
 from hostd.spec import Command
 
 PROBE_DEADLINE_S = 8.0
@@ -43,8 +46,11 @@ HYBRID_CGROUPS = "/sys/fs/cgroup/unified"
 PROBE_LIMITS = Limits(memory_bytes=512 << 20, cpu_milli=2000, pids=512)
 SAID = b"sandloom runs here\n"
 TAIL_BYTES = 300
-SCHEMA = 2
-"""Of verdicts: what is asked has grown since 1."""
+SCHEMA = 3
+"""Of verdicts: what is asked has grown since 1 and 2."""
+
+KILLABLE = "SECCOMP_FILTER_FLAG_WAIT_KILLABLE_RECV"
+NOTIFIED = (NotifiedCall("connect", None, 0),)
 
 
 @dataclass(frozen=True)
@@ -56,6 +62,8 @@ class Verdict:
     hide: str
     why: str
     no_checkpoints: str = "it was not tried"  # "" when a container went on from a checkpoint
+    no_services: str = "it was not tried"  # "" when the listener of a container's filter was handed over
+    notify_flag: str = ""  # with which it was
 
 
 def version_of(binary: str) -> str:
@@ -118,7 +126,11 @@ async def decide(name: str, cgroups: Hierarchy, cache_dir: Path) -> tuple[Runtim
     if not verdict.works:
         return None, verdict.why
     checkpoints = not verdict.no_checkpoints
-    runtime = Runtime(name, binary, verdict.platform, verdict.hide, version=version, checkpoints=checkpoints)
+    flags = (verdict.notify_flag,) if verdict.notify_flag else ()
+    runtime = Runtime(
+        name, binary, verdict.platform, verdict.hide, version=version, checkpoints=checkpoints,
+        no_services=verdict.no_services, notify_flags=flags,
+    )  # fmt: skip
     why = f"{verdict.why}; checkpoints: {verdict.no_checkpoints or 'it went on from one'}"
     return runtime, why if name == "runsc" else verdict.why
 
@@ -130,7 +142,8 @@ async def _try_all(runtimes: list[Runtime], cgroups: Hierarchy) -> Verdict:
         if not problem:
             why = f"a container ran on {runtime.accel}" + (f"; not on {'; '.join(failures)}" if failures else "")
             no_checkpoints = await try_checkpoint(runtime, cgroups) if runtime.name == "runsc" else "crun has none"
-            return Verdict(True, runtime.platform, runtime.hide, why, no_checkpoints)
+            no_services, flag = await try_services(runtime, cgroups)
+            return Verdict(True, runtime.platform, runtime.hide, why, no_checkpoints, no_services, flag)
         failures.append(f"{runtime.platform or runtime.name}: {problem}")
     return Verdict(False, "", "", f"no container runs here: {'; '.join(failures)}")
 
@@ -156,8 +169,46 @@ async def try_run(runtime: Runtime, cgroups: Hierarchy, *, deadline_s: float = P
         return f"{error.filename}: {error.strerror}: build it with `make setup`"
 
 
+async def try_services(runtime: Runtime, cgroups: Hierarchy) -> tuple[str, str]:
+    """Whether the runtime hands over the listener of a container's filter: "" and the flag with which it does ("" for
+    none), else why not. Leaves nothing."""
+    if runtime.name != "crun":
+        return "its kernel is in user space and answers all calls itself", ""
+    problem = ""
+    for flag in (KILLABLE, ""):
+        try:
+            async with _container(runtime, cgroups, "probe", (flag,) if flag else ()) as (folder, procs, name):
+                problem = await _hand_over(_argv(runtime, folder, procs, name), folder / "notify")
+        except OSError as error:
+            problem = f"{error.filename or runtime.binary}: {error.strerror}"
+        if not problem:
+            return "", flag
+    return problem, ""
+
+
+async def _hand_over(argv: list[str], path: Path) -> str:
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(path))
+        listener.listen(4)
+        listener.setblocking(False)
+        problem = await _run(argv, PROBE_DEADLINE_S)
+        if problem:
+            return problem
+        try:
+            with listener.accept()[0] as connection:
+                connection.setblocking(False)
+                _, descriptors, _, _ = socket.recv_fds(connection, 1 << 16, 4)
+        except BlockingIOError:
+            return "it ran a container and handed over no listener of its filter (linux.seccomp.listenerPath)"
+        for descriptor in descriptors:
+            os.close(descriptor)
+        return "" if len(descriptors) == 1 else f"it handed over {len(descriptors)} descriptors, not a listener"
+
+
 @asynccontextmanager
-async def _container(runtime: Runtime, cgroups: Hierarchy, program: str) -> AsyncIterator[tuple[Path, list[Path], str]]:
+async def _container(
+    runtime: Runtime, cgroups: Hierarchy, program: str, notify_flags: tuple[str, ...] | None = None
+) -> AsyncIterator[tuple[Path, list[Path], str]]:
     """A bundle that runs the monitor as `program`, a cgroup for it, and its name. All of it goes. OSError."""
     name = f"probe-{os.getpid()}-{runtime.accel.replace('/', '-')}"
     with tempfile.TemporaryDirectory(prefix="sandloom-probe-") as temporary:
@@ -168,7 +219,8 @@ async def _container(runtime: Runtime, cgroups: Hierarchy, program: str) -> Asyn
             (folder / "rootfs" / point).mkdir()
         shape = BundleShape(folder / "rootfs", "probe", open_files=64)
         if runtime.name == "crun":
-            shape = replace(shape, machine=os.uname().machine, root_hook=MONITOR)
+            notify = None if notify_flags is None else Notify(folder / "notify", NOTIFIED, notify_flags)
+            shape = replace(shape, machine=os.uname().machine, root_hook=MONITOR, notify=notify)
         command = Command(("/probe", program), (), "/", "", False, False, 24, 80)
         (folder / "config.json").write_text(json.dumps(config_json(command, Identity(0, 0), shape)))
         procs = await asyncio.to_thread(cgroups.create, name, PROBE_LIMITS)

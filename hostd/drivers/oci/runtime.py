@@ -42,6 +42,8 @@ class Runtime:
     state: Path | None = None
     version: str = ""  # its own words
     network: str = "none"  # runsc's: "sandbox" takes over what is in the network namespace
+    no_services: str = "it was not tried"  # why no tool can answer a container's calls; "" when one can
+    notify_flags: tuple[str, ...] = ()  # with which filters go to their tool
     checkpoints: bool = False  # whether it can save a container and go on from that, by trying (probe.py)
 
     @property

@@ -27,8 +27,9 @@ from hostd.drivers.contract import Engine, Loss, Region, StartPlan, WarmGuest
 from hostd.drivers.oci import identity
 from hostd.drivers.oci.bundle import config_json
 from hostd.drivers.oci.checkpointing import Beginning
-from hostd.drivers.oci.engine import RUNTIME_ENV, OciEngine, Place, bundle_shape
+from hostd.drivers.oci.engine import RUNTIME_ENV, OciEngine
 from hostd.drivers.oci.mounts import resize_upper
+from hostd.drivers.oci.place import Place, bundle_shape
 from hostd.drivers.oci.plan import limits_for, upper_mib
 from hostd.drivers.oci.regions import regions_of
 from hostd.drivers.oci.users import ROOT

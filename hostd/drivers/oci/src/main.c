@@ -196,6 +196,9 @@ static void set_up(struct monitor *monitor, int argc, char **argv) {
                    parse_u64(argv[at + 1], strlen(argv[at + 1]), &monitor->settings.begin[0]) &&
                    parse_u64(argv[at + 2], strlen(argv[at + 2]), &monitor->settings.begin[1])) {
             at += 2;
+        } else if (strcmp(argv[at], "--supervisor") == 0 && at + 4 < argc) {
+            monitor->settings.supervisor = &argv[at + 1];
+            at += 4;
         } else {
             errno = 0;
             fail("unknown argument ", argv[at]);
@@ -258,5 +261,8 @@ int main(int argc, char **argv) {
         fail("cannot become a subreaper", "");
     }
     monitor->signals = make_signals();
+    if (monitor->settings.supervisor != NULL && !supervisor_start(monitor)) {
+        fail("no supervisor: ", monitor->settings.supervisor[0]);
+    }
     serve(monitor);
 }

@@ -1,7 +1,7 @@
 /* The per-sandbox monitor: holds what must outlive hostd (pipes, terminals, exit statuses), and nothing else.
  *
  *     sandloom-monitor FOLDER LISTENER [--init] [--hide PATH] [--cover PATH]
- *         [--begin OUT ERR] -- CGROUP_PROCS...
+ *         [--begin OUT ERR] [--supervisor PROGRAM AGENT SERVICES RUNTIME] -- CGROUP_PROCS...
  *
  * It speaks the agent protocol (guestagent/PROTOCOL.md) on FOLDER/agent.sock, as a guest's agent does on its
  * port. START's argv is the command of an OCI runtime that detaches: `crun run --detach`, `runsc exec
@@ -14,6 +14,10 @@
  * pid. --hide: a mount that the runtime must not see (crun refuses cgroup v1 beside v2); --cover: a folder
  * that is empty for it. --begin: how much main had printed before, in a sandbox that goes on from a
  * checkpoint.
+ *
+ * --supervisor: the monitor has a network namespace of its own, which its container is to join, and in it
+ * PROGRAM, which answers the container's system calls by three listening sockets (guestagent/src/host.c).
+ * Neither outlives the other: without a supervisor the monitor kills all it knows, and ends.
  *
  * FREEZE and THAW frame a checkpoint, which ends the runtime's process (hold.c): what is held does not count
  * as ended, keeps its pipes, and is started again by THAW with the command in FOLDER/again.
@@ -73,6 +77,7 @@ struct process {
 struct settings {
     bool with_init;
     const char *hide, *cover;
+    char **supervisor; /* program and the numbers of its sockets; NULL: none is wanted */
     uint64_t begin[2]; /* offsets of main's streams */
     int program;       /* our own executable, for init */
 };
@@ -89,6 +94,7 @@ struct monitor {
     struct unclaimed unclaimed[MAX_UNCLAIMED];
     unsigned next_unclaimed;
     int listener, client, signals;
+    pid_t supervisor;
     bool greeted;
     struct rx rx;
     struct tx tx;
@@ -132,6 +138,11 @@ bool hold_takes(struct monitor *monitor, struct process *process, int wait_statu
 void hold_tell(struct process *process);
 /* THAW's command is done; whether the process runs. */
 void hold_over(struct monitor *monitor, struct process *process, bool runs);
+
+/* supervisor.c. At the start, in the sandbox's cgroup; false with errno. */
+bool supervisor_start(struct monitor *monitor);
+/* It has ended. */
+_Noreturn void supervisor_gone(struct monitor *monitor, int wait_status);
 
 /* process.c: the end of a process, for whoever waits for it. */
 void process_ended(struct monitor *monitor, struct process *process, int wait_status);

@@ -263,6 +263,9 @@ void processes_reap(struct monitor *monitor) {
     int status;
     pid_t pid;
     while ((pid = waitpid(-1, &status, WNOHANG)) > 0) {
+        if (pid == monitor->supervisor) {
+            supervisor_gone(monitor, status);
+        }
         bool claimed = false;
         for (size_t i = 0; i < MAX_PROCS && !claimed; i++) {
             struct process *process = &monitor->processes[i];
