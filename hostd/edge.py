@@ -94,7 +94,7 @@ def parse_sandbox(sandbox: sandboxes_pb2.Sandbox) -> SandboxSpec:
         checkpoint=spec.checkpoint,
         sandbox_class=sandbox_class,
         network=parse_network(spec.network),
-        services=parse_services(spec.services, sandbox.name, sandbox_class),
+        services=parse_services(spec, sandbox.name, sandbox_class),
         priority=spec.priority,
         weight=spec.weight or DEFAULT_WEIGHT,
     )
@@ -106,11 +106,11 @@ def parse_network(network: sandboxes_pb2.Network) -> Network:
     return Network(network.mode == sandboxes_pb2.NETWORK_VETH, tuple(rules))
 
 
-def parse_services(message: sandboxes_pb2.ServicePolicy, name: str, sandbox_class: SandboxClass) -> ServicePolicy:
+def parse_services(spec: sandboxes_pb2.SandboxSpec, name: str, sandbox_class: SandboxClass) -> ServicePolicy:
     """Who answers sandbox `name`. InvalidSpec, also for what a sandbox of its class cannot have answered so."""
     try:
-        policy = parse_policy(message)
-        require_servable(sandbox_class.value, policy)
+        policy = parse_policy(spec.services)
+        require_servable(sandbox_class.value, policy, veth=spec.network.mode == sandboxes_pb2.NETWORK_VETH)
         return policy
     except PolicyError as error:
         raise InvalidSpec(f"sandbox {name}: services: {error}", reason="ServicePolicyInvalid") from error

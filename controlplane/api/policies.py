@@ -36,8 +36,15 @@ SERVABLE: dict[str, dict[Service, tuple[Answerer, ...]]] = {
 """By class and service; what is not named is the kernel's only."""
 
 
-def require_servable(class_name: str, policy: ServicePolicy) -> None:
-    """PolicyError that names the first service which a sandbox of this class cannot have answered so, and who can."""
+def require_servable(class_name: str, policy: ServicePolicy, *, veth: bool = False) -> None:
+    """PolicyError that names the first service which a sandbox of this class cannot have answered so, and who can;
+    or which a link of its own (`veth`) would go around."""
+    around = [one for one in policy.answered if one[0] in (Service.SOCKETS, Service.DNS)] if veth else []
+    if around:
+        service, answerer = around[0]
+        raise PolicyError(
+            f"{service.value}: {answerer.value} is for a sandbox without a network: leave out one of the two"
+        )
     if policy.dns is Answerer.DENY and policy.sockets is Answerer.KERNEL:
         raise PolicyError("dns: deny holds for sockets that are not the kernel's: add sockets: tool, or sockets: deny")
     for service, answerer in policy.answered:

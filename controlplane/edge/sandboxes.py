@@ -86,7 +86,9 @@ def parse_spec(spec: sandboxes_pb2.SandboxSpec, services: ServicePolicy = ALL_KE
         resources=parse_resources(spec.resources),
         process=parse_process(spec.process, "spec.process"),
         sandbox_class=sandbox_class,
-        services=parse_services(spec.services, sandbox_class, services),
+        services=parse_services(
+            spec.services, sandbox_class, services, veth=spec.network.mode == sandboxes_pb2.NETWORK_VETH
+        ),
         remove_on_exit=spec.remove_on_exit,
         cold=spec.cold,
         priority=_priority(spec.priority),
@@ -100,12 +102,12 @@ def parse_spec(spec: sandboxes_pb2.SandboxSpec, services: ServicePolicy = ALL_KE
 
 
 def parse_services(
-    message: sandboxes_pb2.ServicePolicy, sandbox_class: SandboxClass, default: ServicePolicy
+    message: sandboxes_pb2.ServicePolicy, sandbox_class: SandboxClass, default: ServicePolicy, *, veth: bool = False
 ) -> ServicePolicy:
     """Who answers; what the class cannot have answered so is refused by name."""
     try:
         policy = parse_policy(message, default)
-        require_servable(sandbox_class.value, policy)
+        require_servable(sandbox_class.value, policy, veth=veth)
     except PolicyError as error:
         raise Invalid("spec.services", str(error), reason="ServicePolicyInvalid") from error
     return policy

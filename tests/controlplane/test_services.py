@@ -111,13 +111,16 @@ def test_what_a_request_leaves_open_is_the_tenants_default() -> None:
     assert parse_policy(more, TOOL).allow == TOOL.allow
 
 
-@pytest.mark.parametrize("sandbox_class", [SandboxClass.USER_KERNEL, SandboxClass.HOST_KERNEL])
-def test_what_a_class_cannot_have_is_refused_by_name(sandbox_class: SandboxClass) -> None:
-    with pytest.raises(
-        Invalid, match=rf"sockets: tool is not to be had with class {sandbox_class.value}.*guest-kernel"
-    ):
-        parse_services(render_policy(TOOL), sandbox_class, ALL_KERNEL)
-    require_servable(sandbox_class.value, ALL_KERNEL)
+def test_what_a_class_cannot_have_is_refused_by_name() -> None:
+    who = "guest-kernel, host-kernel"
+    with pytest.raises(Invalid, match=rf"sockets: tool is not to be had with class user-kernel.*{who}"):
+        parse_services(render_policy(TOOL), SandboxClass.USER_KERNEL, ALL_KERNEL)
+    for sandbox_class in SandboxClass:
+        require_servable(sandbox_class.value, ALL_KERNEL, veth=True)
+    for sandbox_class in (SandboxClass.GUEST_KERNEL, SandboxClass.HOST_KERNEL):
+        require_servable(sandbox_class.value, TOOL)
+        with pytest.raises(Invalid, match="sockets: tool is for a sandbox without a network"):
+            parse_services(render_policy(TOOL), sandbox_class, ALL_KERNEL, veth=True)
 
 
 @pytest.mark.parametrize("sandbox_class", SandboxClass)
