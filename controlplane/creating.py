@@ -15,11 +15,12 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import secrets
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import replace
+from typing import TypeVar
 
 from controlplane import codec, keys, lifecycle, names, placing
-from controlplane.admission import Admission
+from controlplane.admission import Admission, Decided
 from controlplane.api.vcpus import vcpu_ceiling
 from controlplane.errors import AlreadyExists, Conflict, Exhausted, Invalid, NotFound, OperationError, StoreError
 from controlplane.images import Images
@@ -32,6 +33,7 @@ from controlplane.store.contract import Expect, Put, Store, Write
 from controlplane.tenants import Tenants
 from controlplane.view import View
 
+T = TypeVar("T")
 ATTEMPTS = 16
 VIEW_LAG_S = 5.0
 TO_BE_PLACED = "waiting for the leading control plane to place it"
@@ -127,20 +129,48 @@ class Creator:
     async def _record(self, wanted: Sandbox, asked: Creation, attempt: int, expect: list[Expect]) -> Sandbox:
         careful = attempt > 0 or asked.validate_only
         taken = await self._free_name(wanted.tenant, wanted.name) if careful else 0
-        async with self._admission.deciding(wanted.tenant) as guard:
-            placed = self._placed_within_quota(wanted)
-            if asked.validate_only:
-                return replace(placed, uid="")
-            if self._leadership.leads:
-                expect = [*expect, *self._leadership.fence()]
-            elif placed.host:
-                placed = replace(wanted, status=SandboxStatus(message=TO_BE_PLACED))
-            record = codec.encode(placed)
-            writes, guards = self._commit_of(placed, record, asked, taken)
-            expect = [*expect, *guards, *guard.expect]
-            revision = await self._commit_placed(placed, record, [*writes, *guard.writes], expect)
-            await self._admission.settled(guard, revision)
+        if asked.validate_only:
+            async with self._admission.deciding(wanted.tenant):
+                return replace(self._placed_within_quota(wanted), uid="")
+
+        def decide(before: Sequence[Sandbox]) -> Decided:
+            return self._decided(wanted, asked, taken, expect, before)
+
+        if self._admission.is_bounded(wanted.tenant):
+            recording = self._admission.together(self._store, wanted.tenant, decide)
+        else:
+            recording = self._record_alone(decide(()))
+        placed, revision = await self._kept(wanted.uid, recording)
         return replace(placed, revision=revision)
+
+    def _decided(
+        self, wanted: Sandbox, asked: Creation, taken: int, expect: list[Expect], before: Sequence[Sandbox]
+    ) -> Decided:
+        """`before`: what is recorded together with it, and counts."""
+        placed = self._placed_within_quota(wanted, before)
+        if self._leadership.leads:
+            expect = [*expect, *self._leadership.fence()]
+        elif placed.host:
+            placed = replace(wanted, status=SandboxStatus(message=TO_BE_PLACED))
+        record = codec.encode(placed)
+        writes, guards = self._commit_of(placed, record, asked, taken)
+        return Decided(placed, record, tuple(writes), (*expect, *guards))
+
+    async def _record_alone(self, decided: Decided) -> tuple[Sandbox, int]:
+        if decided.sandbox.host:
+            self._view.assume(decided.sandbox, decided.record)
+        return decided.sandbox, await self._store.commit(decided.writes, decided.expect)
+
+    async def _kept(self, uid: str, recording: Awaitable[T]) -> T:
+        """What is placed counts from now on, unless it is refused."""
+        try:
+            return await recording
+        except StoreError:  # it may be there all the same: it counts for as long as it takes to see it
+            asyncio.get_running_loop().call_later(VIEW_LAG_S, self._view.release, uid)
+            raise
+        except BaseException:
+            self._view.release(uid)
+            raise
 
     def _commit_of(
         self, placed: Sandbox, record: bytes, asked: Creation, taken: int
@@ -162,27 +192,27 @@ class Creator:
             expect.append(Expect(keys.request(tenant, asked.request_id), 0))
         return writes, expect
 
-    def _placed_within_quota(self, wanted: Sandbox) -> Sandbox:
+    def _placed_within_quota(self, wanted: Sandbox, before: Sequence[Sandbox] = ()) -> Sandbox:
         """The sandbox placed. One that is too much may have the place of a pool's member, if it claims one."""
         try:
-            self.require_quota(wanted)
+            self.require_quota(wanted, before)
         except Exhausted:
             if all(pool.tenant != wanted.tenant for pool in self._view.pools.values()):
                 raise
             placed = placing.placed(self._view, wanted)
             if placed.placed is None or not placed.placed.pool:
                 raise
-            self.require_quota(wanted, claimed=placed.placed.pool)
+            self.require_quota(wanted, before, claimed=placed.placed.pool)
             return placed
         return placing.placed(self._view, wanted)
 
-    def require_quota(self, sandbox: Sandbox, *, claimed: str = "") -> None:
-        """Exhausted when it and what the tenant has besides are too much; it takes the place of a member of the pool
-        `claimed`. Decide so in Admission.deciding."""
+    def require_quota(self, sandbox: Sandbox, before: Sequence[Sandbox] = (), *, claimed: str = "") -> None:
+        """Exhausted when it and what the tenant has besides (and `before`, not recorded yet) are too much; it takes the
+        place of a member of the pool `claimed`. Decide so under the tenant's guard."""
         quota = self._tenants.quota(sandbox.tenant)
         if quota != UNBOUNDED:
             pools = [pool for pool in self._view.pools.values() if pool.tenant == sandbox.tenant]
-            require_within(quota, self._view.of_tenant(sandbox.tenant), sandbox, pools, claimed=claimed)
+            require_within(quota, [*self._view.of_tenant(sandbox.tenant), *before], sandbox, pools, claimed=claimed)
 
     async def _free_name(self, tenant: str, name: str) -> int:
         """The name guard's revision. AlreadyExists while a live sandbox has the name."""
@@ -205,20 +235,6 @@ class Creator:
 
     # Placing.
 
-    async def _commit_placed(self, placed: Sandbox, record: bytes, writes: list[Write], expect: list[Expect]) -> int:
-        """Commits; what is placed counts from now on, unless it is refused."""
-        if not placed.host:
-            return await self._store.commit(writes, expect)
-        self._view.assume(placed, record)
-        try:
-            return await self._store.commit(writes, expect)
-        except StoreError:  # it may be there all the same: it counts for as long as it takes to see it
-            asyncio.get_running_loop().call_later(VIEW_LAG_S, self._view.release, placed.uid)
-            raise
-        except BaseException:
-            self._view.release(placed.uid)
-            raise
-
     async def place_pending(self, sandbox: Sandbox) -> bool:
         """Places a PENDING sandbox if the present view has room for it; whether it did. The leader's."""
         if self._view.is_assumed(sandbox.uid) or placing.still_hopeless(self._view, sandbox):
@@ -231,10 +247,9 @@ class Creator:
             return False
         key = keys.sandbox(sandbox.tenant, sandbox.name, sandbox.uid)
         record = codec.encode(placed)
-        writes: list[Write] = [Put(key, record)]
-        if placed.host:
-            writes.append(self._records.event(placed, *_told_placed(placed)))
-        await self._commit_placed(placed, record, writes, [Expect(key, sandbox.revision), *self._leadership.fence()])
+        told = (self._records.event(placed, *_told_placed(placed)),) if placed.host else ()
+        expect = (Expect(key, sandbox.revision), *self._leadership.fence())
+        await self._kept(sandbox.uid, self._record_alone(Decided(placed, record, (Put(key, record), *told), expect)))
         return bool(placed.host)
 
 

@@ -22,6 +22,8 @@ from typing import Protocol
 from controlplane.errors import Invalid
 
 MAX_VALUE_BYTES = 1 << 20
+MOST_EXPECTATIONS = 60
+"""Of one commit that every engine takes."""
 PROGRESS_S = 10.0
 
 

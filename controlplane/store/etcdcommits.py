@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from controlplane.errors import Conflict, Invalid, OperationError, StoreError
-from controlplane.store.contract import Expect, Put, Write
+from controlplane.store.contract import MOST_EXPECTATIONS, Expect, Put, Write
 from controlplane.store.etcdlink import EtcdLink
 
 GROUP_COMMITS = 60
@@ -48,7 +48,7 @@ class Job:
     def alone(self) -> bool:
         """Whether it cannot share a transaction."""
         leased = any(isinstance(write, Put) and write.lease for write in self.writes)
-        return leased or len(self.writes) > PART_OPS or len(self.expect) > PART_OPS
+        return leased or len(self.writes) > PART_OPS or len(self.expect) > MOST_EXPECTATIONS
 
 
 def take_group(waiting: deque[Job]) -> list[Job]:
@@ -92,9 +92,9 @@ class Commits:
 
     async def commit(self, writes: Sequence[Write], expect: Sequence[Expect]) -> int:
         """The revision. See the contract."""
-        if len(writes) > MOST_WRITES or len(expect) > PART_OPS:
-            text = f"{len(writes)} writes and {len(expect)} expectations: {MOST_WRITES} and {PART_OPS} are the most"
-            raise Invalid("writes", text)
+        if len(writes) > MOST_WRITES or len(expect) > MOST_EXPECTATIONS:
+            most = f"{MOST_WRITES} and {MOST_EXPECTATIONS} are the most"
+            raise Invalid("writes", f"{len(writes)} writes and {len(expect)} expectations: {most}")
         done: asyncio.Future[int] = asyncio.get_running_loop().create_future()
         self._waiting.append(Job(tuple(writes), tuple(expect), done))
         self._work.set()
