@@ -71,7 +71,8 @@ class StreamMethods:
         async with self._gate.admit(context, stream=True) as caller:
             if request.tail_lines < 0:
                 raise Invalid("tail_lines", f"{request.tail_lines} is negative")
-            place = await self._streams.locator.begun(caller.tenant, edge.parse_name(request.name))
+            name = edge.parse_name(request.name)
+            place = await self._streams.locator.begun(caller.tenant, name, wait=request.follow)
             if isinstance(place, Ended):
                 if place.sandbox.status.started_at_s is None:
                     return  # it never ran: there is nothing that could be lost

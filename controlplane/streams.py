@@ -38,9 +38,13 @@ class Locator:
     def __init__(self, records: Records, view: View, *, begin_deadline_s: float = BEGIN_DEADLINE_S) -> None:
         self._records, self._view, self._begin_deadline_s = records, view, begin_deadline_s
 
-    async def begun(self, tenant: str, name: str) -> On | Ended:
-        """Where a sandbox is, once a host has begun with it. NotFound, TimedOut, Unavailable (its host is LOST)."""
+    async def begun(self, tenant: str, name: str, *, wait: bool = True) -> On | Ended:
+        """Where a sandbox is, once a host has begun with it; without `wait` that must be so already (Precondition).
+        NotFound, TimedOut, Unavailable (its host is LOST)."""
         sandbox = await self._records.get(tenant, name)
+        if not wait and sandbox.status.phase in lifecycle.UNBEGUN:
+            text = f"sandbox {sandbox.name} is {sandbox.status.phase.name} and has not begun: {sandbox.status.message}"
+            raise Precondition("NotBegun", text, sandbox=sandbox.name, phase=sandbox.status.phase.value)
         seen = [sandbox]
 
         def begun() -> Sandbox | None:

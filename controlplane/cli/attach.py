@@ -46,6 +46,8 @@ async def _attach(fabric: Fabric, options: AttachOptions, shell: Shell) -> int:
             "it has ended",
             f"`sandloom logs {sandbox.name}` shows what it said, `sandloom wait` its exit code",
         )
+    if sandbox.status.phase in attachment.EARLY:
+        shell.say(f"sandloom: {lookup.waits_for(sandbox)}")
     process = sandbox.spec.process
     stdin = options.stdin and process.stdin
     tty = process.tty and stdin and os.isatty(shell.stdio.stdin)

@@ -43,7 +43,7 @@ async def follow(fabric: Fabric, attachment: Attachment, console: Console, say: 
     """The end of the process, or the user leaving. CliError: the sandbox failed, or cannot be reached any more."""
     loop = asyncio.get_running_loop()
     position = Position(complete=attachment.from_start)
-    heard_s, told, last_looks, strikes = loop.time(), False, 0, 0
+    heard_s, told, last_looks, strikes, early = loop.time(), False, 0, 0, ""
     from_start = attachment.from_start
     while True:
         start = sandboxes_pb2.StreamStart(name=attachment.uid, from_start=from_start, stdin=attachment.stdin)
@@ -58,14 +58,19 @@ async def follow(fabric: Fabric, attachment: Attachment, console: Console, say: 
         if last_looks > LAST_LOOKS:
             say(f"sandloom: the end of its output may be missing: {attachment.name}: see `sandloom logs`")
             return Exited(sandbox.status.exit_code, sandbox.status.message)
-        if loop.time() - begun_s > RETRY_S * 5 or sandbox.status.phase in EARLY or last_looks:
+        attached = outcome.heard and loop.time() - begun_s > RETRY_S * 5  # trying to reach a host may take long, too
+        if attached or sandbox.status.phase in EARLY or last_looks:
             heard_s, strikes = loop.time(), 0  # it was attached, or is not far enough to be
         passing = outcome.failure.condition in PASSING or sandbox.status.phase in (*EARLY, *lookup.ENDED)
         strikes += not passing
         hides = console.data_sent and not attachment.tty  # input may be lost: going on would hide a hole in it
         if hides or loop.time() - heard_s > lookup.PATIENCE_S or strikes > (0 if console.awaiting else STRIKES):
             raise _lost(attachment, outcome.failure)
-        if not console.awaiting and not told and not last_looks:
+        if sandbox.status.phase in EARLY:
+            early, before = lookup.waits_for(sandbox), early
+            if early != before:
+                say(f"sandloom: {early}")
+        elif not console.awaiting and not told and not last_looks:
             say(f"sandloom: the connection broke: {attachment.name} runs on: attaching again")
             told = True
         from_start = attachment.from_start or position.started
@@ -97,6 +102,9 @@ async def _look(fabric: Fabric, attachment: Attachment, console: Console) -> san
         leaving.cancel()
         await asyncio.gather(looking, leaving, return_exceptions=True)
     if sandbox is None:
+        why = await lookup.lost_with(fabric, attachment.name)
+        if why:
+            raise CliError(f"{attachment.name} was lost with its host", why, "its exit code is not known")
         raise CliError(f"{attachment.name} was removed", "its exit code is not known", "leave --rm out to keep it")
     if sandbox.status.phase == sandboxes_pb2.FAILED:
         raise lookup.failure_of(sandbox)

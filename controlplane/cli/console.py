@@ -24,7 +24,7 @@ INTERRUPTS_TO_LEAVE = 3
 
 class Console:
     """Async context manager. `left` is set when the user wants out: detach keys, or SIGINT and SIGTERM that were
-    not heeded INTERRUPTS_TO_LEAVE times, or once while no process was there to take it (`awaiting`)."""
+    not heeded INTERRUPTS_TO_LEAVE times, or once while there was no process to take it (`awaiting`) or no connection to it."""
 
     def __init__(self, stdio: Stdio, *, stdin: bool, tty: bool, detachable: bool) -> None:
         self._stdio, self._tty = stdio, tty
@@ -36,6 +36,7 @@ class Console:
         self._stack = ExitStack()
         self._interrupts = 0
         self.awaiting = True  # no process has taken signals yet
+        self.connected = False  # somebody is there to take signals now
         self.when_begun: Callable[[], None] = lambda: None  # called once, before the first output
         self.left = asyncio.Event()
         self.detached = False
@@ -71,7 +72,7 @@ class Console:
     def interrupted(self, number: int) -> None:
         """A signal to pass on; too many of them, or one too early, and the user leaves."""
         self._interrupts += number in (signal.SIGINT, signal.SIGTERM)
-        if self.awaiting or self._interrupts >= INTERRUPTS_TO_LEAVE:
+        if self.awaiting or not self.connected or self._interrupts >= INTERRUPTS_TO_LEAVE:
             self.signalled = number
             self.left.set()
             return

@@ -38,9 +38,10 @@ class Left:
 
 @dataclass(frozen=True)
 class Broken:
-    """The connection ended without an exit status."""
+    """The connection ended without an exit status; `heard`: the process had been there."""
 
     failure: Failure
+    heard: bool = False
 
 
 Outcome = Exited | Left | Broken
@@ -57,6 +58,7 @@ async def converse(call: Call, start: sandboxes_pb2.StreamStart, console: Consol
         await asyncio.wait({reader, leaving}, return_when=asyncio.FIRST_COMPLETED)
         return reader.result() if reader.done() else Left(console.signalled)
     finally:
+        console.connected = False
         call.cancel()
         for task in (reader, writer, leaving):
             task.cancel()
@@ -79,6 +81,7 @@ async def _read(call: Call, console: Console, position: Position, there: asyncio
         async for output in call:
             kind = output.WhichOneof("output")
             console.begun()
+            console.connected = True
             there.set()
             if kind == "exit":
                 return Exited(output.exit.code, output.exit.message)
@@ -87,5 +90,5 @@ async def _read(call: Call, console: Console, position: Position, there: asyncio
                 if data:
                     await console.show(kind, data)
     except grpc.RpcError as error:
-        return Broken(parse_error(error))
-    return Broken(NO_STATUS)
+        return Broken(parse_error(error), there.is_set())
+    return Broken(NO_STATUS, there.is_set())

@@ -13,12 +13,15 @@ from google.protobuf.timestamp_pb2 import Timestamp
 from controlplane.api.status import parse_error
 from controlplane.api.v1 import sandboxes_pb2
 from controlplane.cli import lookup
-from controlplane.cli.attachment import PASSING, RETRY_S
+from controlplane.cli.attachment import EARLY, PASSING, RETRY_S
 from controlplane.cli.command import Command, Shell
 from controlplane.cli.connection import Fabric, translated
 from controlplane.cli.errors import CliError, UsageError
 from controlplane.cli.resume import Position
 from controlplane.cli.terminal import write_all
+
+SILENT_S = 15.0
+"""Longer than a control plane tries to reach a host (10 s): a call that lasted this long had got through."""
 
 
 @dataclass(frozen=True)
@@ -76,6 +79,9 @@ async def _logs(fabric: Fabric, options: LogsOptions, shell: Shell) -> int:
     sandbox, _ = await lookup.find(fabric, options.name)
     if options.tail_lines == 0 and not options.follow:
         return 0
+    early = lookup.waits_for(sandbox) if options.follow and sandbox.status.phase in EARLY else ""
+    if early:
+        shell.say(f"sandloom: {early}")
     position, stamper = Position(complete=options.tail_lines is None), Stamper()
     loop = asyncio.get_running_loop()
     heard_s = loop.time()
@@ -85,15 +91,20 @@ async def _logs(fabric: Fabric, options: LogsOptions, shell: Shell) -> int:
         begun_s = loop.time()
         try:
             async for output in fabric.sandboxes.GetLogs(request):
+                heard_s = loop.time()
                 await _show(output, position, stamper if options.timestamps else None, shell)
             return 0
         except grpc.aio.AioRpcError as error:
-            heard_s = loop.time() if loop.time() - begun_s > RETRY_S * 5 else heard_s
+            heard_s = loop.time() if loop.time() - begun_s > SILENT_S else heard_s
             away_s = loop.time() - heard_s
             if not options.follow or away_s > lookup.PATIENCE_S or parse_error(error).condition not in PASSING:
                 raise translated(f"cannot read what {sandbox.name} said", error, {}) from error
-        if await lookup.until(fabric, sandbox.uid, lambda _: True, deadline_s=None) is None:
+        now = await lookup.until(fabric, sandbox.uid, lambda _: True, deadline_s=None)
+        if now is None:
             raise CliError(f"{sandbox.name} was removed", "what it said went with it")
+        if now.status.phase in EARLY and lookup.waits_for(now) != early:
+            early = lookup.waits_for(now)
+            shell.say(f"sandloom: {early}")
         position.replayed()
         tail_lines = 0 if position.started else tail_lines
         await asyncio.sleep(RETRY_S)

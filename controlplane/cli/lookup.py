@@ -15,6 +15,7 @@ ENDED = (sandboxes_pb2.EXITED, sandboxes_pb2.FAILED)
 PATIENCE_S = 60.0  # how long a control plane may be away while something is waited for
 POLL_S = 0.15
 NOT_FOUND = "NOT_FOUND"
+HOST_ENDS = ("HostLost", "HostRemoved", "HostLetGo")  # events that end a sandbox for its host's sake
 
 
 async def list_sandboxes(fabric: Fabric, *, ended: bool) -> list[sandboxes_pb2.Sandbox]:
@@ -90,6 +91,21 @@ async def _get_or_none(fabric: Fabric, uid: str) -> sandboxes_pb2.Sandbox | None
         if error.code == NOT_FOUND:
             return None
         raise
+
+
+def waits_for(sandbox: sandboxes_pb2.Sandbox) -> str:
+    """What one that has not begun waits for, as a line."""
+    phase = sandboxes_pb2.Phase.Name(sandbox.status.phase).lower()
+    return f"{sandbox.name} is {phase}: {sandbox.status.message or 'waiting for its host'}"
+
+
+async def lost_with(fabric: Fabric, name: str) -> str:
+    """What became of the host of a sandbox whose record is gone; "" when it did not go because of its host."""
+    request = sandboxes_pb2.WatchEventsRequest(subject=name)
+    with calling(f"cannot read what became of {name}"):
+        events = [event async for event in fabric.sandboxes.WatchEvents(request, timeout=CALL_S)]
+    last = next((event for event in reversed(events) if event.kind == "sandbox"), None)
+    return last.message if last is not None and last.reason in HOST_ENDS else ""
 
 
 def has_ended(sandbox: sandboxes_pb2.Sandbox | None) -> bool:

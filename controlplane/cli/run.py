@@ -203,6 +203,8 @@ async def _run(fabric: Fabric, options: RunOptions, shell: Shell) -> int:
         raise CliError("-t needs a terminal", "standard input is none", "leave -t out to use it in a pipe")
     async with Console(shell.stdio, stdin=process.stdin, tty=process.tty, detachable=True) as console:
         sandbox = await create(fabric, options, spec_of(options, console.size if process.tty else None))
+        if sandbox.status.phase == sandboxes_pb2.PENDING and not sys.stderr.isatty():  # there Progress says so
+            shell.say(f"sandloom: {lookup.waits_for(sandbox)}")
         to = attachment.Attachment(sandbox.uid, sandbox.name, process.stdin, process.tty, from_start=True)
         try:
             async with _starting(fabric, sandbox, console, shell):

@@ -303,6 +303,17 @@ async def test_waiting_for_a_host_has_an_end(plane: Plane, monkeypatch: pytest.M
     assert "SCHEDULED" in failure.message
 
 
+async def test_logs_that_are_not_followed_do_not_wait_for_a_host(plane: Plane) -> None:
+    host, client = await plane.host(), await plane.client()
+    await client.import_image()
+    plane.parts.view.alive.discard(host.name)  # as if its lease had run out: the sandbox waits for a host
+    await client.create("box")
+    logs: Any = client.sandboxes.GetLogs(sandboxes_pb2.GetLogsRequest(name="box"), timeout=60)
+    failure = await failure_of(logs)
+    assert (failure.condition, failure.reason) == (Condition.PRECONDITION, "NotBegun")
+    assert "waiting for a host" in failure.message
+
+
 async def test_waiting_ends_when_the_sandbox_is_removed(plane: Plane) -> None:
     host, client = await plane.host(), await plane.client()
     await client.import_image()

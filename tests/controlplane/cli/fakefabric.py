@@ -137,6 +137,7 @@ class FakeFabric(
         self.break_after: int | None = None  # pieces an attach sends before it breaks
         self.break_with = (Condition.UNAVAILABLE, 1)  # with what, and how often
         self.failing: dict[str, Failure] = {}  # method name -> what its next call fails with
+        self.unreachable_s = 0.0  # how long attaches and logs try to reach their host, in vain
         self.beginning = threading.Event()  # clear it, and attaches wait before the process has started
         self.beginning.set()
         self.closing = threading.Event()
@@ -292,10 +293,18 @@ class FakeFabric(
         del self.sandboxes[sandbox.uid]
         return sandboxes_pb2.DeleteSandboxResponse()
 
+    def _reach(self, context: Any) -> None:
+        if self.unreachable_s:
+            give_up_s = time.monotonic() + self.unreachable_s
+            while time.monotonic() < give_up_s and context.is_active():
+                self.closing.wait(0.02)
+            fail(context, Condition.UNAVAILABLE, "HostUnreachable", "host loom does not answer at 127.0.0.1:1")
+
     def AttachSandbox(self, request_iterator: Any, context: Any) -> Iterator[Output]:
         start = next(request_iterator).start
         self._called("AttachSandbox", start, context)
         sandbox = self.find(start.name, context)
+        self._reach(context)
         process = self.processes[sandbox.uid]
         threading.Thread(target=self._feed, args=(process, request_iterator), daemon=True).start()
         position = 0 if start.from_start else len(process.log)
@@ -349,6 +358,7 @@ class FakeFabric(
     def GetLogs(self, request: Any, context: Any) -> Iterator[Output]:
         self._called("GetLogs", request, context)
         sandbox = self.find(request.name, context)
+        self._reach(context)
         process = self.processes[sandbox.uid]
         if not request.follow:
             yield from process.log[-request.tail_lines :]

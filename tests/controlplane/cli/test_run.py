@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import threading
+
 import pytest
 
 from controlplane.api.status import Condition, Failure
 from controlplane.api.v1 import sandboxes_pb2
 from controlplane.cli.attachment import STRIKES
 from tests.controlplane.cli.conftest import Cli
-from tests.controlplane.cli.fakefabric import FakeFabric, FakeProcess
+from tests.controlplane.cli.fakefabric import FakeFabric, FakeProcess, until
 
 
 def three(process: FakeProcess) -> int:
@@ -28,6 +30,29 @@ def test_rm_leaves_no_record(fabric: FakeFabric, cli: Cli) -> None:
     fabric.programs["three"] = three
     assert cli("run", "--rm", "debian", "--", "three").code == 3
     assert fabric.sandboxes == {}
+
+
+def test_one_that_went_with_its_host_is_not_said_to_be_removed(fabric: FakeFabric, cli: Cli) -> None:
+    def program(process: FakeProcess) -> int:
+        process.out(b"x\n")
+        until(lambda: not fabric.sandboxes)
+        return 0
+
+    def lose(name: str) -> None:
+        until(lambda: any(process.log for process in fabric.processes.values()))
+        text = "host loom is LOST: its lease ran out and it did not return in 2 s"
+        fabric.events.append(sandboxes_pb2.Event(kind="sandbox", subject=name, reason="HostLost", message=text))
+        fabric.break_after, fabric.break_with = 1, (Condition.UNAVAILABLE, 99)
+        fabric.sandboxes.clear()
+
+    fabric.programs["p"] = program
+    loser = threading.Thread(target=lose, args=("box",))
+    loser.start()
+    done = cli("run", "--rm", "--name", "box", "debian", "--", "p")
+    loser.join()
+    assert done.code == 125
+    assert "box was lost with its host: host loom is LOST: its lease ran out" in done.err
+    assert "was removed" not in done.err
 
 
 def test_what_cannot_be_run_is_127_and_named(fabric: FakeFabric, cli: Cli) -> None:

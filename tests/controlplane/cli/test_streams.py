@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import threading
+
 import pytest
 
 from controlplane.api.v1 import sandboxes_pb2
+from controlplane.cli import attachment, lookup
 from controlplane.cli.logs import Stamper
 from controlplane.cli.resume import Position
 from tests.controlplane.cli.conftest import Cli
@@ -100,6 +105,47 @@ def test_attach_from_the_start_and_of_an_ended_one(fabric: FakeFabric, cli: Cli)
     done = cli("attach", "--from-start", "box")
     assert (done.code, done.out, done.err) == (6, "early\n", "late\n")
     assert cli("attach", "box").err.startswith("sandloom: cannot attach to box: it has ended: ")
+
+
+def test_attach_to_a_host_that_does_not_answer_ends(
+    fabric: FakeFabric, cli: Cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each try takes longer than a moment: that is no sign that it got through."""
+    monkeypatch.setattr(attachment, "RETRY_S", 0.01)
+    monkeypatch.setattr(lookup, "PATIENCE_S", 0.5)
+    fabric.add("box")
+    fabric.unreachable_s = 0.1
+    done = cli("attach", "box")
+    assert (done.code, "the connection to box is lost: host loom does not answer" in done.err) == (125, True), done
+    assert "the connection broke: box runs on: attaching again" in done.err
+    done = cli("logs", "-f", "box")
+    assert (done.code, "host loom does not answer" in done.err) == (1, True), done
+
+
+def test_a_signal_ends_an_attach_that_has_nobody_to_give_it_to(fabric: FakeFabric, cli: Cli) -> None:
+    fabric.add("box", sandboxes_pb2.PENDING, message="waiting for a host: HostLost on 1 host")
+    fabric.unreachable_s = 60.0
+
+    def interrupt() -> None:
+        until(lambda: any(name == "AttachSandbox" for name, _ in fabric.calls), 60.0)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    killer = threading.Thread(target=interrupt)
+    killer.start()
+    done = cli("attach", "box")
+    killer.join()
+    assert (done.code, "SIGTERM: box keeps running" in done.err) == (128 + signal.SIGTERM, True), done
+    assert "box is pending: waiting for a host: HostLost on 1 host" in done.err
+
+
+def test_followed_logs_say_what_they_wait_for(fabric: FakeFabric, cli: Cli) -> None:
+    fabric.programs["talk"] = talk
+    cli.ok("run", "-d", "--name", "box", "debian", "--", "talk")
+    (box,) = fabric.sandboxes.values()
+    box.status.phase, box.status.message = sandboxes_pb2.PENDING, "waiting for a host: no host has registered yet"
+    done = cli("logs", "-f", "box")
+    assert done.out == "line 1\nline 2\nline 3\n"
+    assert "box is pending: waiting for a host: no host has registered yet" in done.err
 
 
 def replay(position: Position, pieces: list[tuple[str, bytes, int]]) -> bytes:
