@@ -97,6 +97,8 @@ class Gate:
             text = "it took longer than it may: read what became of it, then retry"
             await abort(context, Failure(Condition.DEADLINE, "DeadlineExceeded", text))
         except asyncio.CancelledError:
+            if not task.cancelling():  # not this call was cancelled but one it made: grpc.aio cut that off
+                await abort(context, _cut_off().failure())
             if not self._closing or context.cancelled():
                 raise
             task.uncancel()
@@ -237,6 +239,10 @@ async def _refuse_garbled(context: Context) -> NoReturn:
 
 def _stopping() -> Unavailable:
     return Unavailable("ServerStopping", "this control plane is stopping: connect again")
+
+
+def _cut_off() -> Unavailable:
+    return Unavailable("CutOff", "a connection that this needs broke: read what became of it, then retry")
 
 
 def failure_of(error: ControlPlaneError, *, operator: bool = False) -> Failure:

@@ -27,6 +27,7 @@ from grpc_reflection.v1alpha import reflection
 
 from controlplane.admission import Admission
 from controlplane.api.channel import server_credentials, server_options
+from controlplane.api.unknown import UNKNOWN_METHODS
 from controlplane.api.v1 import (
     checkpoints_pb2,
     checkpoints_pb2_grpc,
@@ -169,6 +170,7 @@ class ControlPlane:
         tenants_pb2_grpc.add_TenantsServicer_to_server(TenantsService(self.gate, self.tenants, self.view), guarded)
         health_pb2_grpc.add_HealthServicer_to_server(self.health, server)
         reflection.enable_server_reflection((*SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
+        server.add_generic_rpc_handlers((UNKNOWN_METHODS,))  # the last to be asked
 
     async def set_serving(self, serving: bool) -> None:
         """What the health service answers for every service and for the server as a whole."""

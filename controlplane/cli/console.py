@@ -24,7 +24,7 @@ INTERRUPTS_TO_LEAVE = 3
 
 class Console:
     """Async context manager. `left` is set when the user wants out: detach keys, or SIGINT and SIGTERM that were
-    not heeded INTERRUPTS_TO_LEAVE times, or once while there was no process to take it (`awaiting`) or no connection to it."""
+    not heeded INTERRUPTS_TO_LEAVE times, or once while no process is there (`awaiting`) or no connection to it."""
 
     def __init__(self, stdio: Stdio, *, stdin: bool, tty: bool, detachable: bool) -> None:
         self._stdio, self._tty = stdio, tty

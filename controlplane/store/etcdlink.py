@@ -167,6 +167,11 @@ class EtcdLink:
                 verdict, reasons, cause = judge(error.code(), error.details() or ""), error.details() or "", error
                 if verdict is Verdict.REFUSED:
                     raise translated(error, member.endpoint) from error
+            except asyncio.CancelledError as error:  # also what grpc.aio raises when its connection was given up
+                task = asyncio.current_task()
+                if task is not None and task.cancelling():
+                    raise
+                verdict, reasons, cause = Verdict.UNSURE, "it cut the call off", ConnectionAbortedError(str(error))
             tries += 1
             if verdict is Verdict.STRANGER and self.access.user and tries <= len(self._members):
                 self._token = ""
@@ -273,7 +278,8 @@ def backoff_s(rounds: int, dice: float) -> float:
 
 def _unavailable(endpoint: str, reason: str, *, unsure: bool = False) -> StoreError:
     outcome = "; whether it was done is not known: read, then retry" if unsure else ""
-    return StoreError("StoreUnavailable", f"etcd at {endpoint}: {reason or 'no answer'}{outcome}")
+    short = (reason or "no answer").removeprefix("failed to connect to all addresses; last error: ")
+    return StoreError("StoreUnavailable", f"the control plane's store, etcd at {endpoint}: {short}{outcome}")
 
 
 def _credentials(access: EtcdAccess) -> grpc.ChannelCredentials | None:

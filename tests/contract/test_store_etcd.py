@@ -145,6 +145,29 @@ async def test_a_member_that_is_killed_or_paused_is_left_for_another(three: list
             first.resume()
 
 
+async def test_a_call_that_grpc_cuts_off_is_a_failed_one_and_cancels_nobody(
+    one: Member, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """grpc.aio raises CancelledError in a task that nobody cancelled, when it gives up the connection of its call."""
+    async with open_etcd(access_of(one)) as store:
+        await store.commit([Put("k", b"v")])
+        member, cuts = store._link._members[0], [1]
+        real = member.method
+
+        def method(service: str, name: str) -> Any:
+            async def cut(*_: Any, **__: Any) -> Any:
+                raise asyncio.CancelledError
+
+            return cut if name in ("Range", "Txn") and cuts and cuts.pop() else real(service, name)
+
+        monkeypatch.setattr(member, "method", method)
+        record = await store.get("k")
+        assert record is not None and record.value == b"v" and not cuts
+        cuts.append(1)
+        with pytest.raises(StoreError, match="not known"):
+            await store.commit([Put("k", b"w")])
+
+
 async def test_without_quorum_nothing_is_written_and_nothing_twice_when_it_is_back(three: list[Member]) -> None:
     async with open_etcd(replace(access_of(*three), deadline_s=2.0)) as store, seeing(store) as seen:
         await store.commit([Put("ours", b"0")])

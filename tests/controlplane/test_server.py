@@ -162,6 +162,37 @@ async def test_a_bug_is_told_as_one_and_harms_no_other_call(plane: Plane, monkey
     assert parse_error(caught.value).condition is Condition.NOT_FOUND
 
 
+async def test_a_call_that_grpc_cut_off_beneath_is_told_and_does_not_hang(
+    plane: Plane, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client = await plane.client()
+
+    async def cut(*_: object) -> None:
+        raise asyncio.CancelledError  # as grpc.aio does in a task that nobody cancelled
+
+    monkeypatch.setattr(plane.parts.records, "get", cut)
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await client.sandboxes.GetSandbox(sandboxes_pb2.GetSandboxRequest(name="box"), timeout=60)
+    failure = parse_error(caught.value)
+    assert (failure.condition, failure.reason) == (Condition.UNAVAILABLE, "CutOff")
+
+
+@pytest.mark.parametrize("method", ["/sandloom.v1.Sandboxes/FoldSandbox", "/sandloom.v9.Sandboxes/GetSandbox"])
+@pytest.mark.parametrize("kind", ["unary_unary", "unary_stream", "stream_stream"])
+async def test_a_method_that_is_not_there_is_refused_with_details(plane: Plane, method: str, kind: str) -> None:
+    call: Any = getattr((await plane.client()).channel, kind)(method)
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        if kind == "unary_unary":
+            await call(b"", timeout=60)
+        else:
+            request = iter([b""]) if kind == "stream_stream" else b""
+            async for _ in call(request, timeout=60):
+                pass
+    failure = parse_error(caught.value)
+    assert (failure.condition, failure.reason) == (Condition.UNIMPLEMENTED, "MethodUnknown")
+    assert failure.detail("method") == method
+
+
 async def test_a_request_that_is_no_message_is_refused_with_details(plane: Plane) -> None:
     channel = (await plane.client()).channel
     calls: list[tuple[Any, str, bool]] = [
