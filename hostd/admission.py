@@ -37,8 +37,9 @@ def reserved_mib(live: Iterable[Resources]) -> int:
     return sum(resources.memory_min_mib + GUEST_OVERHEAD_MIB for resources in live)
 
 
-def admit(host: HostNow, live: Iterable[Resources], wanted: Resources) -> None:
-    """ShortOfResources, with what is asked and by how much it is too much, when `wanted` must not start."""
+def admit(host: HostNow, live: Iterable[Resources], wanted: Resources, *, holds_mib: int = 0) -> None:
+    """ShortOfResources, with what is asked and by how much it is too much, when `wanted` must not start. `holds_mib`:
+    so much it holds as soon as it runs, for it goes on from where it was."""
     promised = reserved_mib(live)
     need = wanted.memory_min_mib + GUEST_OVERHEAD_MIB
     room = host.memory_total_mib - host.memory_reserve_mib - promised
@@ -52,6 +53,7 @@ def admit(host: HostNow, live: Iterable[Resources], wanted: Resources) -> None:
         text = f"nothing new is admitted now: {host.closed}; retry"
         raise ShortOfResources(text, reason="AdmissionClosed", passing=True)
     usable = host.memory_available_mib - host.memory_reserve_mib
+    need = max(need, holds_mib + GUEST_OVERHEAD_MIB)
     if need > usable:
         raise ShortOfResources(
             f"short of memory: {need} MiB needed, {need - max(0, usable)} MiB more than is available now: free some on"

@@ -22,6 +22,7 @@ memory_sense_s                      how often the broker looks at the host and i
 memory_overcommit_percent           how much of what is allocated and idle may be promised to others
 memory_headroom_percent             what a sandbox should have free, of what it uses
 memory_park_after_s, memory_evict_after_s    how long the host may be short before a sandbox is parked, or evicted
+memory_follow_s                     how long a guest may keep what it calls idle before it loses its credit
 """
 
 from __future__ import annotations
@@ -83,6 +84,7 @@ class Config:
     memory_headroom_percent: int = 10
     memory_park_after_s: float = 10.0
     memory_evict_after_s: float = 30.0
+    memory_follow_s: float = 30.0
 
     def __post_init__(self) -> None:
         chosen = (
@@ -129,6 +131,7 @@ class Config:
             headroom_percent=self.memory_headroom_percent,
             park_after_s=self.memory_park_after_s,
             evict_after_s=self.memory_evict_after_s,
+            follow_s=self.memory_follow_s,
         )
 
     def _require_memory(self) -> None:
@@ -139,6 +142,8 @@ class Config:
             )
         if not 0.05 <= self.memory_sense_s <= 60:
             raise ConfigError(f"memory_sense_s {self.memory_sense_s} is outside 0.05..60 seconds")
+        if not 1 <= self.memory_follow_s <= 3600:
+            raise ConfigError(f"memory_follow_s {self.memory_follow_s} is outside 1..3600 seconds")
         for key in ("memory_overcommit_percent", "memory_headroom_percent"):
             if not 0 <= getattr(self, key) <= 100:
                 raise ConfigError(f"{key} {getattr(self, key)} is outside 0..100")

@@ -21,6 +21,7 @@ from hostd.drivers.contract import Checkpointing, StartPlan, TakenCheckpoint
 from hostd.errors import CannotCheckpoint, CheckpointUnusable, HostdError, NotRunning
 from hostd.journal import Outcome
 from hostd.lifecycle import Phase
+from hostd.resize import ResizeProgress
 from hostd.resizing import granted
 from hostd.spec import DesiredState
 from hostd.starting import Live, Starting, runs
@@ -33,6 +34,8 @@ NAME_PREFIX = "park-"
 
 class Parkable(Starting, Protocol):
     """What is needed of the sandbox; hostd/sandbox.py is it."""
+
+    resize: ResizeProgress | None
 
     @property
     def sessions(self) -> Sequence[str]: ...
@@ -91,7 +94,9 @@ async def park(box: Parkable, why: str) -> None:
         made = await checkpoints.make(wanted, box.spec, live.command, taking)
         if box.live is not live or box.record.phase is not Phase.RUNNING:
             raise NotRunning(f"sandbox {box.spec.name} ended while it was being parked")
-        box.step(Phase.PARKED, parked=key, reason=PARKED_REASON, message=why)
+        # With what it has been let have: so much it is let have again, also by the next hostd.
+        sizes = replace(box.resize, allocated_mib=box.grant.memory_mib) if box.resize is not None else None
+        box.step(Phase.PARKED, parked=key, reason=PARKED_REASON, message=why, resize=sizes)
     except BaseException:
         for checkpointing in stands_still:
             await to_its_end(_go_on(checkpointing, live))
@@ -120,18 +125,21 @@ async def put_down(box: Parkable) -> None:
 
 
 async def unpark(box: Parkable) -> Live:
-    """Restores it where it was. ShortOfResources when its guarantee does not fit now, and on any error but
-    CheckpointUnusable: it stays parked."""
+    """Restores it where it was. ShortOfResources when its guarantee, or what it held, does not fit now; after any error
+    but CheckpointUnusable it stays parked."""
     host, key = box.host, box.record.parked
     checkpointing = host.driver.checkpointing
     if checkpointing is None:
         raise CheckpointUnusable("this host runs no class of sandbox that can be unparked any more")
-    about = host.checkpoints.find(key).about
+    kept = host.checkpoints.find(key)
+    about, first = kept.about, host.broker.first_grant(box.spec)
+    if first.memory_mib > box.grant.memory_mib:
+        box.grant = first
     sizes = granted(box.spec.resources, box.grant)
     spec = replace(box.spec, checkpoint=key, resources=sizes)
     layers = await host.take_layers(spec, about)
     async with host.start_slot():
-        await host.admitted(box.spec)
+        await host.admitted(box.spec, kept.size_bytes >> 20)
         vm_uid = box.record.vm_uid if box.record.vm_uid is not None else host.claim_vm_uid()
         box.write(replace(box.record, vm_uid=vm_uid))
         plan = StartPlan(spec, layers, vm_uid, box.folder, box.tell)

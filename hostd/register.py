@@ -127,6 +127,8 @@ class Registration:
                     self._sandboxes.listed({})
             except TimeoutError:
                 log.warning("%s: no sign of life of the control plane", name)
+            except Exception:  # a bug, or a disk that takes no record: the host's other loops and sandboxes go on
+                log.exception("%s: begun again", name)
             if loop.time() - begin_s > 2 * BACKOFF_S[-1]:
                 failures = 0
             await asyncio.sleep(BACKOFF_S[min(failures, len(BACKOFF_S) - 1)])

@@ -2,7 +2,8 @@
 
 One table of states, as Kubernetes has them for pods (KEP-1287): IN_PROGRESS from the request on; DEFERRED while the
 host has no room or the guest does not follow, tried again by itself; INFEASIBLE when no waiting can help, with the
-limit that it meets; ERROR when the engine refuses, tried again with a growing pause; DONE when desired is there.
+limit that it meets (on a host that has become smaller, also what was DONE before); ERROR when the engine refuses,
+tried again with a growing pause; DONE when desired is there.
 `allocated` may be above desired: a sandbox that shows that it needs more gets more, up to its ceiling.
 """
 
@@ -30,12 +31,18 @@ class ResizeState(Enum):
 
 
 TRANSITIONS: dict[ResizeState, frozenset[ResizeState]] = {
-    ResizeState.DONE: frozenset({ResizeState.IN_PROGRESS, ResizeState.DEFERRED, ResizeState.ERROR}),
+    ResizeState.DONE: frozenset(
+        {ResizeState.IN_PROGRESS, ResizeState.DEFERRED, ResizeState.INFEASIBLE, ResizeState.ERROR}
+    ),
     ResizeState.IN_PROGRESS: frozenset(
         {ResizeState.DONE, ResizeState.DEFERRED, ResizeState.INFEASIBLE, ResizeState.ERROR}
     ),
-    ResizeState.DEFERRED: frozenset({ResizeState.IN_PROGRESS, ResizeState.DONE, ResizeState.ERROR}),
-    ResizeState.ERROR: frozenset({ResizeState.IN_PROGRESS, ResizeState.DONE, ResizeState.DEFERRED}),
+    ResizeState.DEFERRED: frozenset(
+        {ResizeState.IN_PROGRESS, ResizeState.DONE, ResizeState.INFEASIBLE, ResizeState.ERROR}
+    ),
+    ResizeState.ERROR: frozenset(
+        {ResizeState.IN_PROGRESS, ResizeState.DONE, ResizeState.DEFERRED, ResizeState.INFEASIBLE}
+    ),
     ResizeState.INFEASIBLE: frozenset({ResizeState.IN_PROGRESS}),  # only another request
 }
 

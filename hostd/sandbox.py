@@ -7,7 +7,6 @@ when it is cancelled (hostd stops) the engine is let go of and keeps running; wh
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 from collections.abc import Callable
 from dataclasses import replace
@@ -15,26 +14,23 @@ from dataclasses import replace
 from hostd.checkpoint import Wanted, require_able
 from hostd.checkpoints import StoredCheckpoint
 from hostd.drivers.contract import Checkpointing, Engine, TakenCheckpoint
+from hostd.ending import finish, until_removed
 from hostd.errors import CommandFailed, HostdError, NotRunning
 from hostd.journal import Handle, Outcome, Record
 from hostd.lifecycle import ENDED, Phase, move
 from hostd.logs import OutputLog
 from hostd.memory.values import MemoryEvent
 from hostd.parking import Waking, park, parked_through, require_parkable
-from hostd.resize import Grant, ResizeProgress, ResizeState
+from hostd.resize import Cause, Grant, ResizeProgress, ResizeState
 from hostd.resize import move as move_resize
-from hostd.spec import DesiredState, SandboxSpec
+from hostd.resizing import impossible
+from hostd.spec import SandboxSpec
 from hostd.starting import Live, adopt, start_unless_unwanted
 from hostd.supervision import KILLED_EXIT_CODE, supervise
 from hostd.surroundings import Host
 from hostd.tasks import to_its_end
 
 log = logging.getLogger("sandloom.hostd.sandbox")
-
-CLEAN_UP_RETRY_S = 1.0
-LINGER_FIRST_S, LINGER_LAST_S = 5.0, 10.0
-"""How long an ended sandbox with remove_on_exit waits for its first, and its present, followers."""
-
 
 STOPPED_EARLY = Outcome(Phase.EXITED, "Stopped", "stopped before it ran", KILLED_EXIT_CODE)
 
@@ -49,11 +45,12 @@ class Sandbox:
         self.live: Live | None = None
         self.resize: ResizeProgress | None = record.resize
         self.grant = Grant(record.resize.allocated_mib if record.resize else record.spec.resources.memory_mib)
-        self.followers, self._followed = 0, False
+        self._floor_mib = self.grant.memory_mib
+        self.followers, self.followed = 0, False
         self.sessions: list[str] = []
         self.execs = 0
         self._parking, self._waking = False, Waking()
-        self._eviction = ""
+        self._eviction, self._broken = "", ""
         self._forgotten = False
         self._wanted = asyncio.Event()
         self._changed = asyncio.Event()
@@ -79,18 +76,20 @@ class Sandbox:
         keep = replace(spec, image_digest=now.image_digest, process=now.process, hostname=now.hostname)
         if spec.epoch < now.epoch or keep == now:
             return
-        resized = keep.resources != now.resources
+        resized, had_mib = keep.resources != now.resources, self.desired_mib
         self.write(replace(self.record, spec=keep))
         if resized:
-            self.grant = self.host.broker.regrant(self)
+            self._floor_mib = had_mib
             if self.record.phase is Phase.PARKED:
                 self._waking.ask()
+            elif not self._impossible():
+                self.grant = self.host.broker.regrant(self)
         self._wanted.set()
 
     def follow_begins(self) -> None:
         """A client follows the log; the sandbox with remove_on_exit waits for it."""
         self.followers += 1
-        self._followed = True
+        self.followed = True
         self._tell_waiters()
 
     def follow_ends(self) -> None:
@@ -231,9 +230,12 @@ class Sandbox:
 
     @property
     def desired_mib(self) -> int:
-        """What it should have if there is room: what can never be is not waited for."""
-        infeasible = self.resize is not None and self.resize.state is ResizeState.INFEASIBLE
-        return self.grant.memory_mib if infeasible else self.spec.resources.memory_mib
+        """What it should have if there is room. What can never be is not waited for: what was asked before counts."""
+        return self._floor_mib if self._impossible() else self.spec.resources.memory_mib
+
+    def _impossible(self) -> bool:
+        live = self.live
+        return live is not None and impossible(self.spec, live.engine.handle, self.most_mib())[0] is not Cause.NONE
 
     def allot(self, grant: Grant) -> None:
         """What it may have from now on."""
@@ -291,6 +293,16 @@ class Sandbox:
         """Takes a step of the lifecycle, with what else changes in the record."""
         self.write(replace(self.record, phase=move(self.record.phase, to), **values))  # type: ignore[arg-type]
 
+    def broken(self, error: Exception) -> None:
+        """A bug, or a disk that takes no record, ended its task. It is not left half done: it ends as FAILED, and
+        run(), called again, goes on with cleaning up."""
+        text = f"{type(error).__name__}: {error}"
+        if self.record.outcome is None and self.record.phase not in ENDED:
+            self.record = replace(self.record, outcome=Outcome(Phase.FAILED, "InternalError", text))
+        if text != self._broken:
+            self._broken = text
+            self.tell("InternalError", f"a step of hostd's failed, its clean-up is tried until it works: {text}")
+
     # The walk.
 
     async def run(self) -> None:
@@ -298,10 +310,11 @@ class Sandbox:
         try:
             if self.record.phase not in ENDED:
                 outcome = self.record.outcome or await self._live_through()
-                await to_its_end(self._finish(outcome))
+                self.record = replace(self.record, outcome=outcome)  # durable first of all that finish() does
+                await to_its_end(finish(self, outcome))
         finally:
             self.log.close()
-        await self._until_removed()
+        await until_removed(self)
         await self.host.release_image(self.spec.uid)
         self._forgotten = True
         await asyncio.to_thread(self.host.journal.remove, self.spec.uid)
@@ -346,53 +359,3 @@ class Sandbox:
         last, self.live = self.live, None
         if last is not None:
             await to_its_end(last.engine.detach())
-
-    async def _finish(self, outcome: Outcome) -> None:
-        """Ends the engine, then says so: once a sandbox is told to have ended, nothing of it runs."""
-        if self.record.outcome is None:
-            self.write(replace(self.record, outcome=outcome))
-        told = False
-        while True:
-            try:
-                await self.host.driver.destroy(self.spec.uid, self.folder, self.record.handle)
-                break
-            except (HostdError, OSError) as error:
-                if not told:
-                    self.tell("CleanUpStuck", f"tried again until it works: {error}")
-                    told = True
-                await asyncio.sleep(CLEAN_UP_RETRY_S)
-        await self.host.release_image(self.spec.uid)
-        handle = self.record.handle
-        for key in {self.spec.checkpoint, handle.checkpoint if handle else ""} - {""}:
-            self.host.checkpoints.release(key, self.spec.uid)
-        if self.record.parked:
-            await self.host.checkpoints.remove(self.record.parked)
-        self.log.close()
-        self.step(
-            outcome.phase,
-            reason=outcome.reason,
-            message=outcome.message,
-            exit_code=outcome.exit_code,
-            handle=None,
-            parked="",
-            finished_at_s=self.host.now_s(),
-        )
-        self.tell(outcome.reason, outcome.message or outcome.phase.value)
-
-    # Ended.
-
-    async def _until_removed(self) -> None:
-        """Until it is to be removed; one with remove_on_exit first lets its followers read the end of it."""
-
-        if not self.spec.remove_on_exit:
-            await self.wait_for(lambda _: self._removed())
-            return
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(LINGER_FIRST_S):
-                await self.wait_for(lambda _: self._followed or self._removed())
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(LINGER_LAST_S):
-                await self.wait_for(lambda _: self.followers == 0 or self._removed())
-
-    def _removed(self) -> bool:
-        return self.spec.desired is DesiredState.REMOVED

@@ -19,6 +19,7 @@ from pathlib import Path
 
 from hostd import images
 from hostd.admission import GUEST_OVERHEAD_MIB, HostNow, admit, reserved_mib, with_max
+from hostd.arrivals import Arrivals
 from hostd.cgroups import Hierarchy
 from hostd.checkpoint import CheckpointAbout
 from hostd.checkpoints import Checkpoints
@@ -26,14 +27,14 @@ from hostd.command import resolve
 from hostd.config import Config
 from hostd.drivers.contract import Driver, LayerFile
 from hostd.drivers.seat import seat_of
-from hostd.errors import HostdError, ImageMissing, SandboxGone, ShortOfResources
+from hostd.errors import HostdError, ImageMissing, SandboxGone
 from hostd.journal import Journal, Record
 from hostd.lifecycle import ENDED, Phase
 from hostd.memory.brokering import Broker
 from hostd.memory.pressure import HostSense
 from hostd.pools import Pools, Taken
 from hostd.removal import remove_folder
-from hostd.resize import ResizeProgress
+from hostd.resize import ResizeProgress, retry_s
 from hostd.sandbox import Sandbox
 from hostd.spec import Command, DesiredState, Resources, SandboxSpec
 from hostd.warmpool import MEMBER_PREFIX
@@ -46,7 +47,6 @@ FIRST_VM_UID = 200_000
 LAST_VM_UID = 265_535
 STARTS_PER_CPU = 2
 HOLDS_MEMORY = frozenset({Phase.STARTING, Phase.RUNNING, Phase.STOPPING})
-ADMIT_WAIT_S, ADMIT_POLL_S = 20.0, 0.2
 IMPORT_PREFIX = ".import-"
 """Spooled uploads, below the state directory; what a crash left of them goes at the next start."""
 
@@ -116,6 +116,7 @@ class Sandboxes:
         self._sandboxes: dict[str, Sandbox] = {}
         self._successors: dict[str, SandboxSpec] = {}
         self._claimed: set[int] = set()
+        self._arrivals = Arrivals()
         self._group: asyncio.TaskGroup | None = None
         self.ready = asyncio.Event()
         self.fetch: Callable[[str, str, Callable[[str, str], None]], Awaitable[None]] | None = None
@@ -179,11 +180,16 @@ class Sandboxes:
         self._group.create_task(self._own(sandbox), name=f"sandbox {record.spec.name}")
 
     async def _own(self, sandbox: Sandbox) -> None:
-        try:
-            await sandbox.run()
-        except Exception as error:  # its own defect must not take the other sandboxes' tasks with it
-            log.exception("sandbox %s: its task ended early", sandbox.spec.name)
-            self.event(sandbox, "Abandoned", f"its task ended early, restart hostd: {type(error).__name__}: {error}")
+        """Runs it to its end. Its own defect takes no other sandbox's task with it, and leaves nothing half done."""
+        attempts = 0
+        while True:
+            try:
+                return await sandbox.run()
+            except Exception as error:
+                attempts += 1
+                log.exception("sandbox %s: its task ended early, attempt %d", sandbox.spec.name, attempts)
+                sandbox.broken(error)
+                await asyncio.sleep(retry_s(attempts))
 
     # What the control plane says.
 
@@ -283,23 +289,13 @@ class Sandboxes:
         """Unpins them."""
         await asyncio.to_thread(images.release, self.store, uid)
 
-    def admit(self, spec: SandboxSpec) -> None:
-        """ShortOfResources when it must not start now."""
-        admit(self.host_now(), self.held_resources(but=spec.uid), spec.resources)
+    def admit(self, spec: SandboxSpec, holds_mib: int = 0) -> None:
+        """ShortOfResources when it must not start now. `holds_mib` is what it holds from its first moment on."""
+        admit(self.host_now(), self.held_resources(but=spec.uid), spec.resources, holds_mib=holds_mib)
 
-    async def admitted(self, spec: SandboxSpec) -> None:
-        """Returns when it may start, the broker making room meanwhile; ShortOfResources when that is hopeless, or has
-        not come to be in ADMIT_WAIT_S."""
-        loop = asyncio.get_running_loop()
-        give_up_s = loop.time() + ADMIT_WAIT_S
-        while True:
-            try:
-                return self.admit(spec)
-            except ShortOfResources as error:
-                if not error.passing or not self.broker.active or loop.time() >= give_up_s:
-                    raise
-            self.broker.poke()
-            await asyncio.sleep(ADMIT_POLL_S)
+    async def admitted(self, spec: SandboxSpec, holds_mib: int = 0) -> None:
+        """Returns when it may start, the broker making room meanwhile. ShortOfResources, also after a while."""
+        await self._arrivals.admitted(spec, holds_mib, self.broker, self.admit)
 
     def host_now(self) -> HostNow:
         """The host's memory and disk at this moment."""
@@ -323,6 +319,10 @@ class Sandboxes:
         """Guarantees and overhead of what the broker does not move: pools' members, and what starts, parks or ends."""
         holding = [s for s in self.all() if s.record.phase in HOLDS_MEMORY and s.engine is None]
         return reserved_mib([*(s.spec.resources for s in holding), *self.pools.held()])
+
+    def arriving_mib(self) -> int:
+        """What those need that wait for room to start."""
+        return self._arrivals.need_mib()
 
     def resident_mib(self, uid: str) -> int:
         """What the host has really given a sandbox, beside its overhead; 0 when that is not known."""

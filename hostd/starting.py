@@ -18,7 +18,7 @@ from hostd.journal import Handle, Record
 from hostd.lifecycle import Phase
 from hostd.logs import OutputLog
 from hostd.pools import Taken
-from hostd.resize import Grant
+from hostd.resize import Cause, Grant, ResizeState
 from hostd.resizing import granted
 from hostd.spec import Command, DesiredState, SandboxSpec
 from hostd.tasks import OwnedTasks, to_its_end
@@ -90,15 +90,22 @@ async def adopt(box: Starting) -> Live:
 
 
 async def _had(box: Starting, engine: Engine) -> Grant:
-    """What the former hostd let it have: what it has, unless a resize to the desired size was under way."""
+    """What the former hostd let it have. The record knows where a resize was under way, the engine what it has."""
     sizes, resize = box.spec.resources, box.record.resize
-    if resize is None or not resize.covers(sizes) or not resize.allocated_mib:
-        return Grant(sizes.memory_mib)
+    known_mib = resize.allocated_mib if resize else sizes.memory_min_mib
     try:
-        actual_mib = (await engine.memory()).actual_mib
+        known_mib = (await engine.memory()).actual_mib
     except HostdError:
-        actual_mib = resize.allocated_mib
-    return Grant(max(sizes.memory_min_mib, min(sizes.memory_max_mib, actual_mib)), resize.cause, resize.message)
+        pass
+    had_mib = max(sizes.memory_min_mib, min(sizes.memory_max_mib, known_mib))
+    if resize is None or not resize.covers(sizes) or not resize.allocated_mib:  # asked for, and not begun
+        first = box.host.broker.first_grant(box.spec)
+        if first.memory_mib >= had_mib or sizes.memory_mib <= had_mib:
+            return Grant(min(first.memory_mib, sizes.memory_mib), first.cause, first.message)
+        return Grant(had_mib, first.cause, first.message)
+    if resize.state in (ResizeState.IN_PROGRESS, ResizeState.ERROR) or resize.cause is Cause.GUEST:
+        return Grant(resize.allocated_mib, resize.cause, resize.message)
+    return Grant(had_mib, resize.cause, resize.message)
 
 
 async def start_unless_unwanted(box: Starting) -> Live | None:

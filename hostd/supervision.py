@@ -1,13 +1,17 @@
 """A running sandbox: does what is desired of it until its main process or its engine ends, and says how it ended.
 
 Owns every task of the running sandbox (the log's pump, the stop under way, the resize under way); all are over when
-supervise() returns. The engine itself belongs to the caller.
+supervise() returns. The engine itself belongs to the caller. None of them ends unseen: what a bug ends is begun again
+where nothing is lost by that (a resize, listening to the guest), and ends the sandbox, with the bug's text, where
+something would be: output that was taken from the engine and not recorded.
 """
 
 from __future__ import annotations
 
 import asyncio
+import logging
 import signal
+from collections.abc import Awaitable, Callable
 from typing import Any, Protocol
 
 from hostd.drivers.contract import Engine, Exit, Loss, ProcessLink
@@ -16,10 +20,12 @@ from hostd.journal import Outcome
 from hostd.lifecycle import Phase
 from hostd.logs import OutputLog
 from hostd.memory.values import MemoryEvent
-from hostd.resize import Grant
+from hostd.resize import Grant, retry_s
 from hostd.resizing import Resizing, follow_resize
 from hostd.spec import DesiredState, Resources
 from hostd.tasks import OwnedTasks
+
+log = logging.getLogger("sandloom.hostd.supervision")
 
 KILLED_EXIT_CODE = 137
 KILL_GRACE_S = 2.0
@@ -60,7 +66,7 @@ class _Supervision:
         self._served: tuple[Resources, Grant] | None = None
 
     async def run(self) -> Outcome | None:
-        self._tasks.spawn(self._listen(), "memory events")
+        self._tasks.spawn(self._kept("listening to its memory", self._listen), "memory events")
         pump = self._tasks.spawn(self._pump(), "pump")
         ended = self._tasks.spawn(self._main.wait(), "main")
         gone = self._tasks.spawn(self._engine.wait_gone(), "engine")
@@ -70,9 +76,9 @@ class _Supervision:
             if wanted is None or wanted.done():
                 wanted = self._tasks.spawn(self._owner.wanted(), "wanted")
             waiting: set[asyncio.Task[Any]] = {ended, gone, wanted}
-            if self._stop is not None:
-                waiting.add(self._stop)
+            waiting |= {task for task in (self._stop, pump) if task is not None and not task.done()}
             await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+            _raise_bugs(pump, ended)
             if self._owner.is_parked():
                 return None
             if self._owner.eviction():
@@ -93,7 +99,7 @@ class _Supervision:
             former = self._resize
             # Also right after a start or an adoption: targets may have changed meanwhile. Setting them is idempotent.
             self._served = (spec.resources, self._owner.grant)
-            self._resize = self._tasks.spawn(self._follow(former), "resize")
+            self._resize = self._tasks.spawn(self._kept("its resize", lambda: self._follow(former)), "resize")
 
     async def _follow(self, former: asyncio.Task[None] | None) -> None:
         """One resize at a time: the former lets go of the engine first."""
@@ -101,6 +107,20 @@ class _Supervision:
             former.cancel()
             await asyncio.wait({former})
         await follow_resize(self._owner, self._engine, begins=former is None)
+
+    async def _kept(self, what: str, work: Callable[[], Awaitable[None]]) -> None:
+        """Does `work`; again, with growing pauses, when a bug ends it. Its owner is told once."""
+        attempts = 0
+        while True:
+            try:
+                return await work()
+            except Exception as error:
+                attempts += 1
+                log.exception("sandbox %s: %s", self._owner.spec.name, what)
+                if attempts == 1:
+                    text = f"{what} was ended by {type(error).__name__}: {error}; begun again until it works"
+                    self._owner.tell("InternalError", text)
+                await asyncio.sleep(retry_s(attempts))
 
     async def _listen(self) -> None:
         async for event in self._engine.memory_events():
@@ -137,6 +157,14 @@ class _Supervision:
                     self._owner.tell("LogStalled", f"its output waits: the log cannot be written: {error.strerror}")
                     told = True
                 await asyncio.sleep(LOG_RETRY_S)
+
+
+def _raise_bugs(*tasks: asyncio.Task[Any]) -> None:
+    """Raises what no engine's end explains."""
+    for task in tasks:
+        error = task.exception() if task.done() and not task.cancelled() else None
+        if error is not None and not isinstance(error, HostdError):
+            raise error
 
 
 async def stop(main: ProcessLink, grace_s: float) -> None:

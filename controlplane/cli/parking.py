@@ -45,7 +45,7 @@ async def _each(
 ) -> int:
     remedies = {
         Condition.PRECONDITION: "`sandloom inspect` shows its state",
-        Condition.INVALID: "guest-kernel sandboxes can be parked; `sandloom stop` ends others",
+        Condition.INVALID: "`sandloom stop` ends what cannot be parked",
         Condition.EXHAUSTED: "`sandloom events` tells what holds the host's memory or disk; try again",
     }
     for typed in options.names:
@@ -66,7 +66,8 @@ PARK = Command(
     words=("park",),
     summary="write a running sandbox to its host's disk and let go of its memory",
     description="The sandbox stands still on disk, with its processes, memory and files, under its name. The next exec,"
-    " attach, resize or unpark lets it go on from there. Nobody may be typing into it. Guest-kernel sandboxes only.",
+    " attach, resize or unpark lets it go on from there. Nobody may be typing into it. Classes with checkpoints only:"
+    " guest-kernel and, on a host whose runsc has them, user-kernel.",
     configure=_names,
     parse=lambda ns: NamesOptions(tuple(ns.names)),
     act=act_park,

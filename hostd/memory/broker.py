@@ -19,6 +19,8 @@ from hostd.memory.pressure import HostMemory
 from hostd.resize import Cause
 
 GRANULE_MIB = 2
+LEAST_STEP_MIB = 8
+"""Less more than that saves nobody, and would be an event a round."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +38,7 @@ class Rules:
     idle_s: float = 3.0
     park_after_s: float = 10.0
     evict_after_s: float = 30.0
+    follow_s: float = 30.0  # how long a guest may keep what it says is idle before it is called uncooperative
 
 
 @dataclass(frozen=True)
@@ -113,19 +116,26 @@ def need_mib(one: SandboxMemory, rules: Rules) -> int:
     return _granules(max(one.min_mib, min(one.max_mib, wanted)))
 
 
-def idle_mib(one: SandboxMemory) -> int:
-    """Allocated, and neither used nor ever touched: what may be promised to somebody else meanwhile."""
-    if not one.cooperative:
-        return 0
-    return max(0, one.allocated_mib - max(one.used_mib, min(one.resident_mib, one.allocated_mib), one.min_mib))
+def taken_mib(one: SandboxMemory) -> int:
+    """What it takes of the host above its minimum: used, or touched once and not given back. One that gives nothing
+    back takes all it has, for whatever it calls idle."""
+    held = one.actual_mib if not one.cooperative else max(one.used_mib, min(one.resident_mib, one.allocated_mib))
+    return max(0, held - one.min_mib)
 
 
 def room_mib(host: HostMemory, boxes: Sequence[SandboxMemory], rules: Rules, held_mib: int) -> int:
-    """What can be shared out above all minimums; below 0 when not even those fit. `held_mib` is promised elsewhere."""
+    """What can be shared out above all minimums; below 0 when not even those fit. `held_mib` is promised elsewhere.
+
+    A part of what is allocated and idle may be promised to others, and what they leave idle of that again: the sum of
+    that series is lent at once. So the room depends on what is used and not on what is allocated now: it would follow
+    its own decisions otherwise, a step a round."""
     promised = sum(one.min_mib + rules.overhead_mib for one in boxes) + held_mib
-    lent = sum(idle_mib(one) for one in boxes) * rules.overcommit_percent // 100
     credit_lost = sum(max(0, one.max_mib - one.actual_mib) for one in boxes if not one.cooperative)
-    return host.total_mib - rules.reserve_mib - promised + lent - credit_lost - short_mib(host, rules)
+    room = host.total_mib - rules.reserve_mib - promised - credit_lost - short_mib(host, rules)
+    unused = max(0, room - sum(taken_mib(one) for one in boxes))
+    kept_percent = 100 - rules.overcommit_percent
+    ceilings = sum(one.max_mib - one.min_mib for one in boxes)
+    return room + (unused * rules.overcommit_percent // kept_percent if kept_percent else min(unused, 1) * ceilings)
 
 
 def short_mib(host: HostMemory, rules: Rules) -> int:
@@ -167,13 +177,21 @@ def _granules(size: int) -> int:
 
 
 def decide(
-    host: HostMemory, boxes: Sequence[SandboxMemory], rules: Rules, *, held_mib: int = 0, short_s: float = 0.0
+    host: HostMemory,
+    boxes: Sequence[SandboxMemory],
+    rules: Rules,
+    *,
+    held_mib: int = 0,
+    arriving_mib: int = 0,
+    short_s: float = 0.0,
 ) -> Decision:
-    """What to do now. `short_s` is how long the host has been short since the last park or eviction."""
-    room = room_mib(host, boxes, rules, held_mib)
+    """What to do now. `short_s` is how long the host has been short since the last park or eviction; `arriving_mib` is
+    to be made free for those who wait to start."""
+    closed = _closed(host, boxes, rules, room_mib(host, boxes, rules, held_mib))
+    room = room_mib(host, boxes, rules, held_mib + arriving_mib)
     fair = apportion(room, boxes, rules)
-    moves = _shrinking(host, boxes, fair, rules) + _growing(host, boxes, fair, rules)
-    closed = _closed(host, boxes, rules, room)
+    state = _state(host, room)
+    moves = _shrinking(state, boxes, fair, rules) + _growing(host, state, boxes, fair, rules)
     if not is_short(host, rules) or short_s < rules.park_after_s:
         return Decision(tuple(moves), fair, closed)
     park, evict = _last_resorts(host, boxes, rules, short_s)
@@ -185,7 +203,7 @@ def is_short(host: HostMemory, rules: Rules) -> bool:
     return short_mib(host, rules) > 0 or host.psi_full >= rules.host_stall_percent
 
 
-def _shrinking(host: HostMemory, boxes: Sequence[SandboxMemory], fair: Mapping[str, int], rules: Rules) -> list[Move]:
+def _shrinking(state: str, boxes: Sequence[SandboxMemory], fair: Mapping[str, int], rules: Rules) -> list[Move]:
     """Who gives back: what is idle for a while, or at once what somebody else comes first for."""
     moves = []
     for one in sorted(boxes, key=lambda each: (each.priority, each.uid)):
@@ -199,34 +217,44 @@ def _shrinking(host: HostMemory, boxes: Sequence[SandboxMemory], fair: Mapping[s
             if one.idle_s >= rules.idle_s:
                 moves.append(Move(one.uid, "MemoryTakenBack", target, f"idle for {one.idle_s:.0f} s: {numbers}"))
         elif target >= need:
-            text = f"idle, and others need it ({_of(host)}): {numbers}"
+            text = f"idle, and others need it ({state}): {numbers}"
             moves.append(Move(one.uid, "MemoryTakenBack", target, text, Cause.SQUEEZED))
         else:
-            text = f"priority {one.priority}, the host is short ({_of(host)}): {numbers}"
+            text = f"others come first, it has priority {one.priority}, weight {one.weight} ({state}): {numbers}"
             moves.append(Move(one.uid, "MemorySqueezed", target, text, Cause.SQUEEZED))
     return moves
 
 
-def _growing(host: HostMemory, boxes: Sequence[SandboxMemory], fair: Mapping[str, int], rules: Rules) -> list[Move]:
-    """Who gets more, from what is free now and nobody is guaranteed."""
+def _growing(
+    host: HostMemory, state: str, boxes: Sequence[SandboxMemory], fair: Mapping[str, int], rules: Rules
+) -> list[Move]:
+    """Who gets more, from what is free now and nobody is guaranteed. Who has enough waits until it is worth a step."""
     guaranteed = sum(max(0, one.min_mib - one.resident_mib) for one in boxes)
     free = host.available_mib - rules.reserve_mib // 2 - guaranteed
     moves = []
     for one in sorted(boxes, key=lambda each: (-each.priority, each.uid)):
         wanted = min(fair[one.uid], one.max_mib)
-        urgent = stalls(one, rules) or one.allocated_mib < min(one.desired_mib, wanted)
         untouched = max(0, min(one.min_mib, one.allocated_mib) - one.resident_mib)
         target = min(wanted, one.allocated_mib + _granules(max(0, free + untouched)))
-        if not urgent or target - one.allocated_mib < GRANULE_MIB:
+        if not _worth_it(one, target, rules):
             continue
         free -= target - one.allocated_mib
         signs = f"it uses {one.used_mib} of {one.actual_mib} MiB, stalls {one.stalled_percent:.0f} %"
         asked = f", asks for {one.wants_mib} MiB" if one.wants_mib else ""
         short = target < max(min(one.desired_mib, one.max_mib), need_mib(one, rules))
-        more = f"; more is not free ({_of(host)})" if short else ""
+        more = f"; more is not free ({state})" if short else ""
         text = f"{signs}{asked}; {one.allocated_mib} -> {target} MiB{more}"
         moves.append(Move(one.uid, "MemoryGrown", target, text, Cause.HOST_ROOM if short else Cause.NONE))
     return moves
+
+
+def _worth_it(one: SandboxMemory, target: int, rules: Rules) -> bool:
+    """Whether to grow to `target` now: who stalls is helped by little, who only desires more waits for a headroom."""
+    step = target - one.allocated_mib
+    whole = target >= min(one.max_mib, max(one.desired_mib, need_mib(one, rules)))
+    if stalls(one, rules):
+        return step >= (GRANULE_MIB if whole else LEAST_STEP_MIB)
+    return one.allocated_mib < one.desired_mib and step >= (GRANULE_MIB if whole else headroom_mib(one, rules))
 
 
 def _closed(host: HostMemory, boxes: Sequence[SandboxMemory], rules: Rules, room: int) -> str:
@@ -269,18 +297,24 @@ def _of(host: HostMemory) -> str:
     return f"{host.available_mib} of {host.total_mib} MiB available, stalled {host.psi_full:.0f} %"
 
 
+def _state(host: HostMemory, room: int) -> str:
+    return f"{_of(host)}, {max(0, room)} above all guarantees"
+
+
 def grant_for(
     host: HostMemory, boxes: Sequence[SandboxMemory], rules: Rules, uid: str, *, held_mib: int = 0
 ) -> Move | None:
     """What `uid`, whose desired size has changed, gets at once; None when it keeps what it has."""
     one = next(each for each in boxes if each.uid == uid)
-    fair = apportion(room_mib(host, boxes, rules, held_mib), boxes, rules)[uid]
+    room = room_mib(host, boxes, rules, held_mib)
+    fair = apportion(room, boxes, rules)[uid]
     need = need_mib(one, rules)
     if one.desired_mib < one.allocated_mib and one.desired_mib <= fair:
         target = max(one.desired_mib, min(fair, need) if stalls(one, rules) else one.min_mib)
         text = f"asked to shrink: {one.allocated_mib} -> {target} MiB"
         return Move(uid, "MemoryTakenBack", target, text)
-    return next((move for move in _growing(host, boxes, {**_as_is(boxes), uid: fair}, rules) if move.uid == uid), None)
+    shares = {**_as_is(boxes), uid: fair}
+    return next((move for move in _growing(host, _state(host, room), boxes, shares, rules) if move.uid == uid), None)
 
 
 def _as_is(boxes: Sequence[SandboxMemory]) -> dict[str, int]:

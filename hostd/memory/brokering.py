@@ -23,16 +23,17 @@ from hostd.memory.values import MemoryEvent, MemoryEventKind, MemoryNow
 from hostd.resize import Cause, Grant
 from hostd.spec import SandboxSpec
 from hostd.tasks import OwnedTasks
+from sharedcache.errors import CacheError
 
 log = logging.getLogger("sandloom.hostd.memory")
 
-ANSWER_S = 2.0
-"""How long a guest may take to say what it has; what it said last counts meanwhile."""
-
-FOLLOW_S = 30.0
-"""How long a guest may take to give back what it says is idle, before it is called uncooperative."""
+ANSWER_S, PATIENCE_S = 2.0, 0.25
+"""How long a guest may take to say what it has, and how long a round waits for it: what it said last counts meanwhile,
+and nobody is held up by a guest that is silent."""
 
 WANTS_KEPT_S = 2.0
+PARK_AGAIN_S = 60.0
+"""How long a sandbox whose parking failed is passed over: others go then, or the lowest is evicted."""
 
 
 class Governed(Protocol):
@@ -61,6 +62,7 @@ class BrokerHost(Protocol):
 
     def governed(self) -> Sequence[Governed]: ...
     def promised_elsewhere_mib(self) -> int: ...
+    def arriving_mib(self) -> int: ...
     def resident_mib(self, uid: str) -> int: ...
     def host_event(self, reason: str, message: str) -> None: ...
 
@@ -77,7 +79,9 @@ class _Seen:
     wanted_at_s: float = 0.0
     idle_since_s: float | None = None
     asked_back_s: float | None = None
-    oom_kills: int = 0
+    look: asyncio.Task[None] | None = None
+    unparkable: str = ""
+    unparkable_until_s: float = 0.0
 
     def take(self, now: MemoryNow, at_s: float) -> None:
         """The newest answer of its engine."""
@@ -101,7 +105,7 @@ class Broker:
         self._tasks = OwnedTasks()
         self._resort: asyncio.Task[None] | None = None
         self._short_since_s: float | None = None
-        self.closed = ""
+        self.closed, self._failure = "", ""
 
     # What comes from outside.
 
@@ -143,8 +147,7 @@ class Broker:
             if had.memory_mib >= desired_mib:
                 return Grant(desired_mib)
             return Grant(had.memory_mib, Cause.HOST_ROOM, self._short_text(desired_mib - had.memory_mib))
-        held_mib = self._host.promised_elsewhere_mib()
-        move = broker.grant_for(self.host_memory(), boxes, self.rules, sandbox.spec.uid, held_mib=held_mib)
+        move = broker.grant_for(self.host_memory(), boxes, self.rules, sandbox.spec.uid, held_mib=self._held_mib())
         self.poke()
         if move is not None:
             return Grant(move.memory_mib, move.cause, move.why)
@@ -157,9 +160,7 @@ class Broker:
         low, wanted = spec.resources.memory_min_mib, spec.resources.memory_mib
         if not self.active or wanted == low:
             return Grant(wanted)
-        room = broker.room_mib(
-            self.host_memory(), self._boxes(), self.rules, self._host.promised_elsewhere_mib()
-        )  # the guarantee is among what is promised elsewhere
+        room = broker.room_mib(self.host_memory(), self._boxes(), self.rules, self._held_mib())  # its guarantee is held
         most_mib = low + max(0, min(room, self._memory.available_mib - self.rules.reserve_mib // 2))
         if most_mib >= wanted:
             return Grant(wanted)
@@ -194,11 +195,24 @@ class Broker:
         try:
             await self.round()
         except (HostdError, OSError) as error:
-            log.warning("a round failed: %s", error)
+            self._failed(str(error))
+        except Exception as error:  # a bug must not leave the host's memory with nobody in charge, nor end hostd
+            log.exception("a round failed")
+            self._failed(f"{type(error).__name__}: {error}")
+        else:
+            self._failure = ""
+
+    def _failed(self, text: str) -> None:
+        log.warning("a round failed: %s", text)
+        if text != self._failure:
+            self._failure = text
+            self._host.host_event(
+                "BrokerFailed", f"memory stays as it is; tried again each {self._sense_s:g} s: {text}"
+            )
 
     async def round(self) -> Decision:
         """Looks, decides and acts once."""
-        await asyncio.gather(*(self._look(sandbox) for sandbox in self._host.governed()))
+        await self._look_at_all()
         memory, now_s = self.host_memory(), self._clock()
         if not broker.is_short(memory, self.rules):
             self._short_since_s = None
@@ -208,8 +222,10 @@ class Broker:
         governed = {sandbox.spec.uid: sandbox for sandbox in self._host.governed()}
         for uid in set(self._seen) - set(governed):
             del self._seen[uid]
-        held_mib = self._host.promised_elsewhere_mib()
-        decision = broker.decide(memory, self._boxes(), self.rules, held_mib=held_mib, short_s=short_s)
+        held_mib, arriving_mib = self._held_mib(), self._host.arriving_mib()
+        decision = broker.decide(
+            memory, self._boxes(), self.rules, held_mib=held_mib, arriving_mib=arriving_mib, short_s=short_s
+        )
         for move in decision.moves:
             self._move(governed[move.uid], move)
         self._admission(decision.closed)
@@ -217,6 +233,16 @@ class Broker:
         for sandbox in governed.values():
             self._judge(sandbox, now_s)
         return decision
+
+    async def _look_at_all(self) -> None:
+        looks: list[asyncio.Task[None]] = []
+        for sandbox in self._host.governed():
+            seen = self._seen.setdefault(sandbox.spec.uid, _Seen())
+            if seen.look is None or seen.look.done():
+                seen.look = self._tasks.spawn(self._look(sandbox), f"look at {sandbox.spec.name}")
+            looks.append(seen.look)
+        if looks:
+            await asyncio.wait(looks, timeout=PATIENCE_S)
 
     async def _look(self, sandbox: Governed) -> None:
         engine = sandbox.engine
@@ -240,6 +266,12 @@ class Broker:
         known = ((sandbox, self._seen.get(sandbox.spec.uid)) for sandbox in self._host.governed())
         return [self._box(sandbox, seen) for sandbox, seen in known if seen is not None and seen.now is not None]
 
+    def _held_mib(self) -> int:
+        """What is promised beside the boxes: also to those that have not said yet what they use."""
+        unseen = [one for one in self._host.governed() if (self._seen.get(one.spec.uid) or _Seen()).now is None]
+        guaranteed = sum(one.spec.resources.memory_min_mib + self.rules.overhead_mib for one in unseen)
+        return self._host.promised_elsewhere_mib() + guaranteed
+
     def _box(self, sandbox: Governed, seen: _Seen) -> SandboxMemory:
         assert seen.now is not None
         spec, now, now_s = sandbox.spec, seen.now, self._clock()
@@ -262,7 +294,7 @@ class Broker:
             wants_mib=seen.wants_mib if now_s - seen.wanted_at_s < WANTS_KEPT_S else 0,
             idle_s=now_s - seen.idle_since_s if seen.idle_since_s is not None else 0.0,
             cooperative=sandbox.cooperative,
-            unparkable=sandbox.unparkable(),
+            unparkable=sandbox.unparkable() or (seen.unparkable if now_s < seen.unparkable_until_s else ""),
         )
 
     # Acting.
@@ -300,8 +332,10 @@ class Broker:
     async def _park(self, sandbox: Governed, why: str) -> None:
         try:
             await sandbox.park(why)
-        except (HostdError, OSError) as error:
-            sandbox.tell("ParkFailed", str(error))
+        except (HostdError, CacheError, OSError) as error:
+            seen = self._seen.setdefault(sandbox.spec.uid, _Seen())
+            seen.unparkable, seen.unparkable_until_s = f"parking it failed: {error}", self._clock() + PARK_AGAIN_S
+            sandbox.tell("ParkFailed", f"not tried again for {PARK_AGAIN_S:.0f} s: {error}")
 
     def _judge(self, sandbox: Governed, now_s: float) -> None:
         """Marks a guest that does not give back what it says is idle, until it does."""
@@ -316,7 +350,7 @@ class Broker:
                 sandbox.judge_guest(True, f"it has given back what it was asked for: {one.actual_mib} MiB left")
         elif seen.asked_back_s is None:
             seen.asked_back_s = now_s
-        elif sandbox.cooperative and now_s - seen.asked_back_s >= FOLLOW_S:
+        elif sandbox.cooperative and now_s - seen.asked_back_s >= self.rules.follow_s:
             why = (
                 f"for {now_s - seen.asked_back_s:.0f} s it has kept {one.actual_mib} MiB of which it calls"
                 f" {one.actual_mib - one.used_mib} free, and was asked to go down to {one.allocated_mib}: it counts"

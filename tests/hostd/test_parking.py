@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 
 import pytest
 
 from hostd import streams
 from hostd.errors import CannotCheckpoint, CheckpointFailed, HostdError, InvalidSpec, NotRunning, ShortOfResources
 from hostd.lifecycle import ENDED, Phase
+from hostd.memory.pressure import HostMemory
+from hostd.resize import Grant, ResizeState
 from hostd.sandbox import Sandbox
 from hostd.spec import DesiredState, Resources, SandboxClass
 from tests.hostd.hostkit import DEADLINE_S, Host, until
@@ -112,7 +115,7 @@ async def test_it_stays_parked_while_there_is_no_room(host: Host, monkeypatch: p
     sandbox = await runs(host)
     await sandbox.park("asked for")
 
-    def full(spec: object) -> None:
+    def full(*_: object) -> None:
         raise ShortOfResources("no room")
 
     with monkeypatch.context() as patched:
@@ -165,3 +168,32 @@ async def test_forgotten_checkpoints_of_the_parked_are_not_swept(host: Host) -> 
     host.sandboxes.checkpoints._now_s = lambda: 1e12
     await host.sandboxes.checkpoints.drop_ephemeral()
     assert len(kept(host)) == 1
+
+
+async def test_it_goes_on_only_when_what_it_held_fits(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else a host that parked it because it was short is short again at once, and parks it again."""
+    sandbox = await runs(host)
+    await sandbox.park("the host is short")
+    monkeypatch.setattr("hostd.arrivals.ADMIT_WAIT_S", 0.1)
+    checkpoints = host.sandboxes.checkpoints
+    known = checkpoints.find(sandbox.record.parked)
+    checkpoints._known[sandbox.record.parked] = replace(known, size_bytes=600 << 20)
+    host.sandboxes.broker.sense = lambda: HostMemory(2048, 500)
+    with pytest.raises(ShortOfResources, match="664 MiB needed, 164 MiB more than is available now"):
+        await sandbox.awake()
+    assert sandbox.record.phase is Phase.PARKED and host.sandboxes.arriving_mib() == 0
+    host.sandboxes.broker.sense = lambda: HostMemory(2048, 700)
+    await sandbox.awake()
+
+
+async def test_it_comes_back_with_what_it_had_been_let_have(host: Host) -> None:
+    """Also by another hostd: a guest that grew far above what it was asked for is not squeezed into that."""
+    sandbox = await runs(host)
+    await until(lambda: sandbox.resize is not None and sandbox.resize.state is ResizeState.DONE)
+    sandbox.allot(Grant(900, message="it stalled"))
+    await until(lambda: host.fake.machines["one"].actual_mib == 900)
+    await sandbox.park("asked for")
+    await host.restart()
+    again = host.sandboxes.find("one")
+    await again.unpark()
+    assert again.grant.memory_mib == 900

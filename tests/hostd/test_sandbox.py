@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from hostd.drivers.contract import Loss
 from hostd.errors import ControlLost, HostdError, NotRunning, ShortOfResources, StartFailed
-from hostd.journal import Journal, Outcome
+from hostd.journal import Journal, Outcome, Record
 from hostd.lifecycle import ENDED, Phase
-from hostd.resize import ResizeState
+from hostd.resize import ResizeProgress, ResizeState
 from hostd.sandbox import Sandbox
 from hostd.spec import DesiredState, ProcessSpec, Resources
 from tests.hostd.hostkit import DEADLINE_S, Host, until
@@ -373,7 +375,7 @@ async def test_what_belongs_to_no_record_is_ended_at_the_next_start(host: Host, 
 
 
 async def test_cleaning_up_is_tried_until_it_works(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("hostd.sandbox.CLEAN_UP_RETRY_S", 0.01)
+    monkeypatch.setattr("hostd.ending.CLEAN_UP_RETRY_S", 0.01)
     sandbox = host.assign("one", "polite", "0")
     await until(lambda: logged(sandbox) == b"ready\n")
     host.fake.faults.destroy = HostdError("a process stays in its cgroup")
@@ -398,8 +400,8 @@ async def test_remove_on_exit_waits_for_its_followers(host: Host) -> None:
 
 
 async def test_remove_on_exit_does_not_wait_for_ever(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("hostd.sandbox.LINGER_FIRST_S", 0.01)
-    monkeypatch.setattr("hostd.sandbox.LINGER_LAST_S", 0.02)
+    monkeypatch.setattr("hostd.ending.LINGER_FIRST_S", 0.01)
+    monkeypatch.setattr("hostd.ending.LINGER_LAST_S", 0.02)
     host.assign("one", "true", remove_on_exit=True)
     await gone(host)
     forgotten = host.assign("two", "true", remove_on_exit=True)
@@ -534,3 +536,80 @@ async def test_vm_uids_are_given_back(host: Host) -> None:
 async def test_not_admitted_is_an_error_of_that_kind(host: Host) -> None:
     with pytest.raises(ShortOfResources):
         host.sandboxes.admit(host.spec(resources=Resources(900_000, 900_000, 900_000, 1000)))
+
+
+async def test_a_bug_while_cleaning_up_is_told_and_tried_until_it_works(
+    host: Host, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("hostd.sandboxes.retry_s", lambda attempts: 0.001)
+    sandbox = host.assign()
+    await reach(sandbox, Phase.RUNNING)
+    host.fake.faults.destroy = ZeroDivisionError("a bug")  # type: ignore[assignment]
+    host.want(sandbox, DesiredState.STOPPED)
+    await until(lambda: "InternalError" in host.reasons())
+    assert sandbox.record.phase not in ENDED and "one" in host.fake.machines
+    host.fake.faults.destroy = None
+    await reach(sandbox, *ENDED)
+    assert (sandbox.record.phase, sandbox.record.reason) == (Phase.EXITED, "Stopped")  # how it had ended already
+    assert host.reasons().count("InternalError") == 1
+    host.want(sandbox, DesiredState.REMOVED)
+    await gone(host)
+
+
+async def test_a_disk_that_takes_no_record_delays_an_end_and_loses_nothing(
+    host: Host, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("hostd.sandboxes.retry_s", lambda attempts: 0.001)
+    sandbox = host.assign()
+    await reach(sandbox, Phase.RUNNING)
+    await until(lambda: sandbox.resize is not None and sandbox.resize.state is ResizeState.DONE)
+
+    def full(journal: Journal, record: Record) -> None:
+        raise OSError(errno.ENOSPC, "no space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Journal, "write", full)
+        host.fake.machines["one"].lose(Loss("VmmExited", "killed"))
+        await until(lambda: "InternalError" in host.reasons())
+        assert sandbox.record.phase is Phase.RUNNING
+    await reach(sandbox, *ENDED)
+    assert (sandbox.record.phase, sandbox.record.reason) == (Phase.FAILED, "VmmExited")
+
+
+async def test_output_that_cannot_be_recorded_for_a_bug_ends_the_sandbox_with_it(
+    host: Host, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without the log's pump it would stand still for ever, at a window that nobody opens."""
+    sandbox = host.assign("one", "cat", process=ProcessSpec(argv=("cat",), stdin=True))
+    await reach(sandbox, Phase.RUNNING)
+
+    def broken(*_: object) -> None:
+        raise ZeroDivisionError("a bug")
+
+    monkeypatch.setattr(sandbox.log, "append", broken)
+    await sandbox.running().main.write(b"hello\n")
+    await reach(sandbox, *ENDED)
+    assert (sandbox.record.phase, sandbox.record.reason) == (Phase.FAILED, "InternalError")
+    assert "ZeroDivisionError: a bug" in sandbox.record.message and host.fake.machines == {}
+
+
+@pytest.mark.parametrize("error", [ValueError("a bug"), HostdError("a resize cannot go from here to there")])
+async def test_a_resize_that_a_bug_ended_is_begun_again(
+    host: Host, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    monkeypatch.setattr("hostd.supervision.retry_s", lambda attempts: 0.001)
+    sandbox = host.assign()
+    await reach(sandbox, Phase.RUNNING)
+    await until(lambda: sandbox.resize is not None and sandbox.resize.state is ResizeState.DONE)
+    tell, failures = sandbox.tell_resize, [error]
+
+    def fails_once(progress: ResizeProgress) -> None:
+        if failures:
+            raise failures.pop()
+        tell(progress)
+
+    monkeypatch.setattr(sandbox, "tell_resize", fails_once)
+    host.want(sandbox, DesiredState.RUNNING, resources=replace(sandbox.spec.resources, memory_mib=512))
+    await until(lambda: host.fake.machines["one"].actual_mib == 512)
+    await until(lambda: sandbox.resize is not None and sandbox.resize.desired_mib == 512)
+    assert host.reasons().count("InternalError") == 1

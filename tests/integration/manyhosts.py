@@ -13,7 +13,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
@@ -153,16 +153,19 @@ class ManyHosts:
     def asked(self, *arguments: str) -> Any:
         return json.loads(self.ok(*arguments, "-o", "json"))
 
-    def join(self, name: str, *, driver: str = "fake") -> HostProcess:
-        """A host that joined by a token and serves."""
+    def join(
+        self, name: str, *, driver: str = "fake", reserve_mib: int = 1, settings: Mapping[str, object] | None = None
+    ) -> HostProcess:
+        """A host that joined by a token and serves; `settings` are more lines of its hostd.toml."""
         home, proxy = self.folder / name, Proxy(self.address)
         token = self.ok("hosts", "token", "--host", name).strip()
         self.ok(
             "host", "join", token, "--name", name, "--listen", "127.0.0.1:0", "--controlplane", proxy.address,
-            "--memory-reserve", "1M", home=home,
+            "--memory-reserve", f"{reserve_mib}M", home=home,
         )  # fmt: skip
+        more = {"driver": driver, "disk_reserve_mib": 0, **(settings or {})}
         with (home / "hostd.toml").open("a") as config:
-            config.write(f'driver = "{driver}"\ndisk_reserve_mib = 0\n')
+            config.writelines(f"{key} = {json.dumps(value)}\n" for key, value in more.items())
         host = self.hosts[name] = HostProcess(name, home, proxy)
         host.start()
         self.until_state(name, "READY")
@@ -213,7 +216,7 @@ def _line(stream: IO[bytes], deadline_s: float) -> bytes:
 
 
 @contextlib.contextmanager
-def many_hosts(folder: Path) -> Iterator[ManyHosts]:
+def many_hosts(folder: Path, *, lease_s: int = LEASE_S, grace_s: int = GRACE_S) -> Iterator[ManyHosts]:
     """A control plane without hosts. Every process that was started has ended afterwards."""
     authority = Authority.create(folder / "ca")
     authority.issue_files(Identity(Role.OPERATOR, "op"), folder / "tls")
@@ -223,7 +226,7 @@ def many_hosts(folder: Path) -> Iterator[ManyHosts]:
         "tls_cert": str(tls.cert), "tls_key": str(tls.key), "ca_dir": str(folder / "ca"), "join_listen": "127.0.0.1:0",
     }  # fmt: skip
     text = "".join(f"{key} = {json.dumps(value)}\n" for key, value in config.items())
-    (folder / "cp.toml").write_text(f"{text}lease_s = {LEASE_S}\nlost_grace_s = {GRACE_S}\n")
+    (folder / "cp.toml").write_text(f"{text}lease_s = {lease_s}\nlost_grace_s = {grace_s}\n")
     argv = [sys.executable, "-m", "controlplane.server", "--config", str(folder / "cp.toml")]
     process = _ready(argv, folder / "cp.log")
     fabric = ManyHosts(folder, process.ready["address"])  # type: ignore[attr-defined]

@@ -13,11 +13,13 @@ import pytest_asyncio
 
 from hostd.errors import ShortOfResources
 from hostd.lifecycle import ENDED, Phase
+from hostd.memory import broker, brokering
 from hostd.memory.pressure import HostMemory
-from hostd.memory.values import MemoryEvent, MemoryEventKind, MemorySignals
+from hostd.memory.values import MemoryEvent, MemoryEventKind, MemoryNow, MemorySignals
 from hostd.resize import Cause, ResizeState
 from hostd.sandbox import Sandbox
 from hostd.spec import DesiredState, Resources
+from sharedcache.errors import OutOfSpace
 from tests.hostd.hostkit import DEADLINE_S, Host, running_host, until
 
 ROOMY = HostMemory(16_384, 15_000)
@@ -154,10 +156,10 @@ async def test_the_lower_priority_pays_when_the_host_is_short(world: Host) -> No
 
 
 async def test_a_guest_that_keeps_what_it_calls_idle_is_marked_and_counts_with_its_maximum(
-    world: Host, monkeypatch: pytest.MonkeyPatch
+    world: Host,
 ) -> None:
-    monkeypatch.setattr("hostd.memory.brokering.FOLLOW_S", 0.1)
     sandbox = await runs(world, resources=replace(SIZES, memory_mib=800))
+    see(world, ROOMY, follow_s=0.1)
     world.fake.faults.least_mib = 800
     world.want(sandbox, DesiredState.RUNNING, resources=SIZES)
     await until(lambda: not sandbox.cooperative)
@@ -220,3 +222,128 @@ async def test_without_a_broker_a_resize_gets_what_it_asks_for(tmp_path: Path) -
         see(host, HostMemory(4096, 10))
         host.want(sandbox, DesiredState.RUNNING, resources=replace(SIZES, memory_mib=1000))
         await until(lambda: host.fake.machines["one"].actual_mib == 1000)
+
+
+async def test_what_can_never_be_leaves_the_guest_what_it_needs(world: Host) -> None:
+    sandbox = await runs(world)
+    see(world, HostMemory(1400, 1200))
+    world.want(sandbox, DesiredState.RUNNING, resources=replace(SIZES, memory_mib=1000))
+    await until(lambda: sandbox.resize is not None and sandbox.resize.state is ResizeState.INFEASIBLE)
+    assert (sandbox.grant.memory_mib, sandbox.desired_mib) == (256, 256)  # it keeps what it has
+    world.fake.machines["one"].used_mib = 230
+    await until(lambda: world.fake.machines["one"].actual_mib >= 300)
+    assert sandbox.resize is not None and sandbox.resize.state is ResizeState.INFEASIBLE
+    await until(lambda: sandbox.resize is not None and sandbox.resize.actual_mib == sandbox.grant.memory_mib)
+    see(world, HostMemory(1400, 1200), idle_s=0.1)
+    world.fake.machines["one"].used_mib = 0
+    await until(lambda: world.fake.machines["one"].actual_mib == 256)
+
+
+async def test_a_host_that_has_become_smaller_says_so_and_goes_on(world: Host) -> None:
+    await runs(world, resources=replace(SIZES, memory_mib=900))
+    await world.restart()
+    see(world, HostMemory(1400, 1000))
+    again = world.sandboxes.find("one")
+    await until(lambda: again.live is not None)
+    again.allot(replace(again.grant, memory_mib=800))
+    await until(lambda: again.resize is not None and again.resize.state is ResizeState.INFEASIBLE)
+    assert again.resize is not None and again.resize.cause is Cause.HOST_CAPACITY
+    assert "InternalError" not in world.reasons()
+
+
+@pytest.mark.parametrize(("desired_mib", "way"), [(512, "growing"), (256, "shrinking")])
+async def test_a_resize_under_way_goes_on_when_hostd_is_back(world: Host, desired_mib: int, way: str) -> None:
+    sandbox = await runs(world, resources=replace(SIZES, memory_mib=384))
+    world.fake.faults.most_mib = 400 if way == "growing" else None
+    world.fake.faults.least_mib = 300 if way == "shrinking" else None
+    world.want(sandbox, DesiredState.RUNNING, resources=replace(SIZES, memory_mib=desired_mib))
+    await until(lambda: sandbox.record.resize is not None and sandbox.record.resize.desired_mib == desired_mib)
+    assert sandbox.record.resize is not None and sandbox.record.resize.state is ResizeState.IN_PROGRESS
+    before = sandbox.record.resize
+    await world.restart()
+    see(world, ROOMY)
+    again = world.sandboxes.find("one")
+    await until(lambda: again.live is not None)
+    assert again.grant.memory_mib == desired_mib
+    assert again.resize is not None and again.resize.state is ResizeState.IN_PROGRESS
+    assert again.resize.deadline_s == before.deadline_s
+    world.fake.faults.most_mib = world.fake.faults.least_mib = None
+    await until(lambda: again.resize is not None and again.resize.state is ResizeState.DONE)
+    assert world.fake.machines["one"].actual_mib == desired_mib
+
+
+async def test_a_request_that_a_killed_hostd_had_not_begun_is_granted_what_is_free(world: Host) -> None:
+    sandbox = await runs(world)
+    await world.down()
+    world.sandboxes.journal.write(
+        replace(sandbox.record, spec=replace(sandbox.spec, resources=replace(SIZES, memory_mib=1000)))
+    )
+    await world.up()
+    see(world, HostMemory(2048, 500))
+    again = world.sandboxes.find("one")
+    await until(lambda: again.resize is not None and again.resize.desired_mib == 1000)
+    await until(lambda: again.resize is not None and again.resize.state is not ResizeState.IN_PROGRESS)
+    see(world, ROOMY)
+    await until(lambda: again.resize is not None and again.resize.state is ResizeState.DONE)
+
+
+async def test_a_silent_guest_holds_nobody_up(world: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+    silent = await runs(world, "silent")
+    await runs(world)
+
+    async def never() -> MemoryNow:
+        await asyncio.Event().wait()
+        raise AssertionError
+
+    monkeypatch.setattr(silent.running().engine, "memory", never)
+    rounds = 0
+    decide = broker.decide
+
+    def counted(*args: Any, **words: Any) -> Any:
+        nonlocal rounds
+        rounds += 1
+        return decide(*args, **words)
+
+    monkeypatch.setattr("hostd.memory.broker.decide", counted)
+    loop = asyncio.get_running_loop()
+    begin_s = loop.time()
+    await until(lambda: rounds >= 4)
+    assert loop.time() - begin_s < 4 * brokering.ANSWER_S  # each round waited for its answer before
+
+
+async def test_a_bug_in_a_decision_leaves_memory_as_it_is_and_hostd_up(
+    world: Host, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await runs(world)
+
+    def broken(*_: Any, **__: Any) -> Any:
+        raise ZeroDivisionError("a bug")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("hostd.memory.broker.decide", broken)
+        world.sandboxes.broker.poke()
+        await until(lambda: "BrokerFailed" in world.reasons("host-1"))
+    assert "ZeroDivisionError: a bug" in why(world, "BrokerFailed", "host-1")
+    world.fake.machines["one"].used_mib = 200
+    await until(lambda: world.fake.machines["one"].actual_mib > 256)
+    assert world.reasons("host-1").count("BrokerFailed") == 1
+
+
+async def test_what_cannot_be_parked_is_passed_over_and_the_next_one_goes(world: Host) -> None:
+    low, high = await runs(world, "low", priority=-5), await runs(world, "high", priority=5)
+    with pytest.MonkeyPatch.context() as patched:
+
+        def full(*_: object) -> None:
+            raise OutOfSpace("no room on the disk")
+
+        make = world.sandboxes.checkpoints._store.require_space
+        patched.setattr(
+            world.sandboxes.checkpoints._store,
+            "require_space",
+            lambda need: full() if not why(world, "ParkFailed", "low") else make(need),
+        )
+        see(world, HostMemory(16_384, 20), park_after_s=0.1, evict_after_s=60.0)
+        await until(lambda: high.record.phase is Phase.PARKED)
+    see(world, ROOMY, park_after_s=60.0)
+    assert low.record.phase is Phase.RUNNING
+    assert "no room on the disk" in why(world, "ParkFailed", "low")
