@@ -35,10 +35,11 @@ async def world(tmp_path: Path) -> AsyncIterator[Host]:
 
 
 def see(host: Host, memory: HostMemory, **rules: Any) -> None:
-    broker = host.sandboxes.broker
-    broker.sense = lambda: memory
-    broker.rules = replace(broker.rules, **rules)
-    broker.poke()
+    mind = host.sandboxes.broker
+    mind.sense = lambda: memory
+    mind.rules = replace(mind.rules, **rules)
+    mind.host_memory()
+    mind.poke()
 
 
 async def runs(host: Host, uid: str = "one", **changes: object) -> Sandbox:
