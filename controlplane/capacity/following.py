@@ -7,7 +7,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 
-from controlplane.capacity.demand import Curve
 from controlplane.capacity.svg import CAPACITY, PRIVATE, RESERVED, SAVED, SHARED, Series, step_chart
 from controlplane.capacity.textplot import gib, sparkline
 
@@ -87,11 +86,6 @@ def figures_of(samples: Sequence[Sample], answers: Sequence[Answer], ceiling_mib
         lag_most_s=max(raised, default=0.0),
         busy_s=sum(answer.busy_s for answer in answers),
     )
-
-
-def demand_at(curve: Curve, time_s: float) -> int:
-    """What the curve asks for at a time; 0 before it begins."""
-    return next((step.memory_mib for step in reversed(curve.steps) if step.time_s <= time_s), 0)
 
 
 SERIES: tuple[tuple[str, Callable[[Sample], int], str, bool], ...] = (

@@ -18,7 +18,7 @@ from controlplane.cli.connection import Fabric
 from controlplane.cli.errors import EXIT_FAILED, CliError, UsageError
 from controlplane.cli.planoutput import FORMS, aligned, plot_width, told
 from controlplane.cli.progress import Progress
-from controlplane.cli.replaying import ExecLoad, Replay
+from controlplane.cli.replaying import ExecLoad, Replay, ready
 from controlplane.cli.sizes import parse_duration_s
 from controlplane.errors import ConfigError
 
@@ -118,7 +118,8 @@ async def _replay(
             progress.update(f"replaying: {now_s:.0f} of {curve.end_s:.0f} s, {replay.held_mib} MiB held")
 
         async with ExecLoad(fabric, reference) as load:
-            await replay.run(load, look, options.every_s, tell)
+            progress.update(f"starting the workload in {sandbox.name}")
+            await replay.run(await ready(load), look, options.every_s, tell)
     return sandbox, replay
 
 

@@ -3,14 +3,14 @@
 
     pace     says each step's demand when its time has come
     listen   takes the workload's answers: what it holds, and when it was done
-    look     a sample each `every_s`, until the curve has ended and every step is answered
+    look     a sample each `every_s` and at each step and answer, until the curve has ended and every step is answered
 """
 
 from __future__ import annotations
 
 import asyncio
 import inspect
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -19,13 +19,13 @@ import grpc
 from controlplane.api.status import parse_error
 from controlplane.api.v1 import sandboxes_pb2
 from controlplane.capacity.demand import Curve
-from controlplane.capacity.following import Answer, Sample, demand_at
+from controlplane.capacity.following import Answer, Sample
 from controlplane.cli import memoryload
 from controlplane.cli.connection import Fabric, explained, open_stream
 from controlplane.cli.errors import CliError
 
-READY_S = 120.0
-ANSWER_S = 120.0  # how long after the curve's end a last step may take
+READY_S = 300.0
+ANSWER_S = 300.0  # how long after the curve's end a last step may take
 NOT_FOUND_CODE = 127
 
 Look = Callable[[], Awaitable[tuple[int, int]]]
@@ -63,6 +63,8 @@ class Replay:
     answers: list[Answer] = field(default_factory=list)
     broken: str = ""
     held_mib: int = 0
+    wanted_mib: int = 0
+    _sizes: tuple[int, int] = (0, 0)
     _asked_s: list[float] = field(default_factory=list)
     _begun_s: float = 0.0
 
@@ -71,11 +73,13 @@ class Replay:
         """Seconds since its beginning."""
         return asyncio.get_running_loop().time() - self._begun_s
 
-    async def run(self, load: Load, look: Look, every_s: float, tell: Callable[[float], None] = lambda _: None) -> None:
-        """Replays to the end. LoadEnded before the workload is ready, CliError of `look`; later ends are `broken`."""
-        lines = load.heard()
-        await _until_ready(lines)
+    async def run(
+        self, workload: Ready, look: Look, every_s: float, tell: Callable[[float], None] = lambda _: None
+    ) -> None:
+        """Replays to the end. CliError of `look`; that the workload ends early is told by `broken`."""
+        load, lines = workload.load, workload.lines
         self._begun_s = asyncio.get_running_loop().time()
+        await self._sample(look)
         looking = asyncio.create_task(self._looking(look, every_s, tell))
         try:
             async with asyncio.timeout(self.curve.end_s + ANSWER_S), asyncio.TaskGroup() as tasks:
@@ -98,6 +102,8 @@ class Replay:
         for step in self.curve.steps:
             await asyncio.sleep(max(0.0, step.time_s - self.now_s))
             self._asked_s.append(self.now_s)
+            self.wanted_mib = step.memory_mib
+            self._note()
             await load.say(f"{step.memory_mib} {self.passes}\n")
         await asyncio.sleep(max(0.0, self.curve.end_s - self.now_s))
 
@@ -112,18 +118,21 @@ class Replay:
                 at = len(self.answers)
                 wanted_mib = self.curve.steps[at].memory_mib
                 self.answers.append(Answer(self._asked_s[at], self.now_s, wanted_mib, float(words[1])))
+                self._note()
 
     async def _looking(self, look: Look, every_s: float, tell: Callable[[float], None]) -> None:
         while True:
+            await asyncio.sleep(every_s)
             await self._sample(look)
             tell(self.now_s)
-            await asyncio.sleep(every_s)
 
     async def _sample(self, look: Look) -> None:
-        allocated_mib, actual_mib = await look()
-        now_s = self.now_s
-        wanted_mib = demand_at(self.curve, now_s)
-        self.samples.append(Sample(now_s, wanted_mib, self.held_mib, allocated_mib, actual_mib))
+        self._sizes = await look()
+        self._note()
+
+    def _note(self) -> None:
+        """A sample of what is known now: also at each step and answer, so that none falls between two looks."""
+        self.samples.append(Sample(self.now_s, self.wanted_mib, self.held_mib, *self._sizes))
 
 
 async def _next(lines: AsyncIterator[str]) -> str:
@@ -133,23 +142,34 @@ async def _next(lines: AsyncIterator[str]) -> str:
         raise LoadEnded("the workload ended before its curve") from None
 
 
-async def _until_ready(lines: AsyncIterator[str]) -> None:
+@dataclass(frozen=True)
+class Ready:
+    """A workload that has begun and waits for its first step."""
+
+    load: Load
+    lines: AsyncIterator[str]
+
+
+async def ready(load: Load) -> Ready:
+    """As soon as the workload has begun. LoadEnded when it ends instead, or says nothing for READY_S."""
+    lines = load.heard()
     try:
         async with asyncio.timeout(READY_S):
             while await _next(lines) != "ready":
                 pass
+        return Ready(load, lines)
     except TimeoutError:
         raise LoadEnded("the workload does not begin", f"nothing was heard of it for {READY_S:.0f} s") from None
 
 
 class ExecLoad:
-    """The workload in a sandbox, over ExecSandbox. An async context manager: the call ends with it, and with the call
-    the workload."""
+    """The workload (or another program) in a sandbox, over ExecSandbox. An async context manager: the call ends with
+    it, and with the call the workload."""
 
-    def __init__(self, fabric: Fabric, reference: str) -> None:
+    def __init__(self, fabric: Fabric, reference: str, argv: Sequence[str] = ()) -> None:
         self._call: Any = open_stream(fabric.sandboxes.ExecSandbox)
         self._start = sandboxes_pb2.StreamStart(
-            name=reference, exec=sandboxes_pb2.Process(argv=program(), stdin=True), stdin=True
+            name=reference, exec=sandboxes_pb2.Process(argv=argv or program(), stdin=True), stdin=True
         )
 
     async def __aenter__(self) -> ExecLoad:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from controlplane.capacity.demand import Curve, Step, paced, parse_curve, read_curve, written
-from controlplane.capacity.following import Answer, Sample, demand_at, drawn, figures_of, plotted, table
+from controlplane.capacity.following import Answer, Sample, drawn, figures_of, plotted, table
 from controlplane.errors import ConfigError
 
 TEXT = "# an app\n\ntime_s,memory_mib\n10,24\n20,310.2\n30,310.2\n40,24\n70,24\n"
@@ -20,7 +20,6 @@ def test_a_curve_begins_at_0_and_keeps_only_changes() -> None:
     assert curve == Curve((Step(0, 24), Step(10, 311), Step(30, 24)), 60)
     assert (curve.peak_mib, round(curve.wanted_gib_s * 1024)) == (311, 10 * 24 + 20 * 311 + 30 * 24)
     assert parse_curve(written(curve, ["note"]).splitlines(), "y") == curve
-    assert [demand_at(curve, time_s) for time_s in (-1, 0, 9.9, 10, 59)] == [0, 24, 24, 311, 24]
 
 
 def test_another_pace_and_height() -> None:
