@@ -15,6 +15,8 @@ init_on_alloc = "on" | "off"        whether guest kernels clear each page they g
                                     taking memory back some 20 times as fast under TCG
 registries = ["r.example:5000"]     the registries that images are pulled from; none unless named, "*" is any
 plain_registries                    those of them whose TLS is not verified, or that have none
+registry_auth_dir                   a folder of TENANT.json: what registries know each tenant by, as `skopeo login
+                                    --authfile` writes it; readable by root only. Without one, pulls are anonymous
 boot_deadline_s                     how long a guest may take to its agent's first answer
 memory_broker = "on" | "off"        off: a resize gets what it asks for, and nothing else moves (hostd/memory/broker.py)
 memory_budget_mib                   what all sandboxes may use together, as a hard limit too; 0: all the host has
@@ -71,6 +73,7 @@ class Config:
     scrub_interval_s: float = 86_400.0
     registries: tuple[str, ...] = ()
     plain_registries: tuple[str, ...] = ()
+    registry_auth_dir: Path | None = None
     labels: tuple[str, ...] = ()
     taints: tuple[str, ...] = ()
     network_cidr: str = "10.213.0.0/16"
@@ -174,7 +177,7 @@ def parse(values: dict[str, Any], source: str) -> Config:
 
 
 def _typed(name: str, kind: str, value: Any, source: str) -> Any:
-    if kind == "Path" and isinstance(value, str):
+    if kind in ("Path", "Path | None") and isinstance(value, str):
         return Path(value)
     if kind == "float" and isinstance(value, int | float) and not isinstance(value, bool):
         return float(value)

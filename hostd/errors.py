@@ -43,6 +43,12 @@ class ImageMissing(HostdError):
     reason = "ImageMissing"
 
 
+class RegistryUnavailable(HostdError):
+    """A registry does not answer, or not as it has to: mend what the message names, then retry."""
+
+    reason = "RegistryUnavailable"
+
+
 class NotAdmitted(HostdError):
     """Whoever asks may not have it from here: the message says what would have to change."""
 

@@ -5,6 +5,10 @@
 Only registries that the configuration names are asked: a tenant must not make this host speak to whatever it likes.
 What comes is checked by its digests (skopeo checks them against the manifest, the import checks them again) and bounded
 by the store's disk reserve while it comes.
+
+A registry is told who a tenant is by that tenant's own file of credentials (registry_auth_dir), never by another's, and
+never by what root happens to be logged in to. skopeo reads the file itself: no secret is in an argument, an environment
+or a log. What skopeo says when it fails is told by `hostd/pullfailures.py`.
 """
 
 from __future__ import annotations
@@ -19,7 +23,8 @@ from pathlib import Path
 from controlplane.api.v1 import images_pb2
 from hostd.config import Config
 from hostd.errors import HostdError, InvalidSpec, NotAdmitted
-from hostd.images import domain_of
+from hostd.images import DEFAULT_TENANT, domain_of
+from hostd.pullfailures import failure_of
 from hostd.sandboxes import IMPORT_PREFIX
 from hostd.uploads import MAX_UPLOAD_BYTES, Responses, convert, progress_of
 from sharedcache.errors import LimitExceeded
@@ -39,43 +44,67 @@ def registry_of(reference: str, config: Config) -> str:
     registry = reference.partition("/")[0]
     if registry not in config.registries and ANY not in config.registries:
         named = ", ".join(config.registries) or "none"
-        text = f"this host does not fetch from {registry} (it may from: {named}): add it to registries in hostd.toml"
+        text = (
+            f"this host does not fetch from {registry} (it may from: {named}): its operator adds it to registries in"
+            f" hostd.toml, or, on a fabric of one host, runs `sandloom dev up --registry {registry}`"
+        )
         raise NotAdmitted(text, reason="RegistryNotAllowed")
     return registry
 
 
-def argv_of(reference: str, archive: Path, scratch: Path, *, verify: bool) -> list[str]:
+def argv_of(reference: str, archive: Path, scratch: Path, *, verify: bool, credentials: Path | None) -> list[str]:
     """How skopeo is called. Pure. Digests are checked, signatures are not."""
+    known_by = ["--src-no-creds"] if credentials is None else ["--src-authfile", str(credentials)]
     return [
         "skopeo", "--insecure-policy", "--tmpdir", str(scratch), "--override-os", "linux", "copy", "--quiet",
-        "--retry-times", "3", f"--src-tls-verify={'true' if verify else 'false'}",
+        "--retry-times", "3", f"--src-tls-verify={'true' if verify else 'false'}", *known_by,
         f"docker://{reference}", f"oci-archive:{archive}",
     ]  # fmt: skip
 
 
+def credentials_of(tenant: str, config: Config) -> Path | None:
+    """The tenant's file of credentials, None when it has none. NotAdmitted when others than its owner may read it."""
+    domain_of(tenant)  # a name without a slash
+    tenant = tenant or DEFAULT_TENANT
+    path = config.registry_auth_dir / f"{tenant}.json" if config.registry_auth_dir else None
+    if path is None or not path.is_file():
+        return None
+    if path.stat().st_mode & 0o077:
+        text = f"the credentials of tenant {tenant} on this host are readable by others: chmod 600 {path}"
+        raise NotAdmitted(text, reason="CredentialsOpen")
+    return path
+
+
 async def pull_image(request: images_pb2.PullImageRequest, store: Store, config: Config) -> Responses:
-    """Progress, then the image. InvalidSpec, NotAdmitted, HostdError (PullFailed: what skopeo said), CacheError."""
+    """Progress, then the image. InvalidSpec, NotAdmitted, ImageMissing, RegistryUnavailable, HostdError (PullFailed),
+    CacheError."""
     registry = registry_of(request.reference, config)
-    domain_of(request.tenant)
+    credentials = credentials_of(request.tenant, config)
     with tempfile.TemporaryDirectory(dir=config.state_dir, prefix=IMPORT_PREFIX) as folder:
         path = Path(folder) / "archive"
         (Path(folder) / "tmp").mkdir()
-        argv = argv_of(request.reference, path, Path(folder) / "tmp", verify=registry not in config.plain_registries)
-        async for size_bytes in _fetched(argv, Path(folder), store):
+        verify = registry not in config.plain_registries
+        argv = argv_of(request.reference, path, Path(folder) / "tmp", verify=verify, credentials=credentials)
+        async for size_bytes in _fetched(argv, Path(folder), store, request):
             yield progress_of("receive", size_bytes, 0)
         start = images_pb2.ImportImageRequest.Start(tenant=request.tenant)
         async for response in convert(store, path, start, config.host):
             yield response
 
 
-async def _fetched(argv: list[str], folder: Path, store: Store) -> AsyncIterator[int]:
+async def _fetched(
+    argv: list[str], folder: Path, store: Store, request: images_pb2.PullImageRequest
+) -> AsyncIterator[int]:
     """Runs skopeo to its end and says how much came so far; ends it when the consumer goes."""
     loop = asyncio.get_running_loop()
     give_up_s = loop.time() + PULL_S
     with (folder / "said").open("wb") as said:
-        process = await asyncio.create_subprocess_exec(
-            *argv, stdin=asyncio.subprocess.DEVNULL, stdout=said, stderr=said, start_new_session=True
-        )
+        try:
+            process = await asyncio.create_subprocess_exec(
+                *argv, stdin=asyncio.subprocess.DEVNULL, stdout=said, stderr=said, start_new_session=True
+            )
+        except FileNotFoundError as error:
+            raise HostdError("skopeo is not on this host: apt-get install skopeo", reason="PullFailed") from error
     waiting = asyncio.ensure_future(process.wait())
     try:
         while not waiting.done():
@@ -92,8 +121,8 @@ async def _fetched(argv: list[str], folder: Path, store: Store) -> AsyncIterator
             process.send_signal(signal.SIGKILL)
         await waiting
     if process.returncode:
-        text = (folder / "said").read_bytes()[-TOLD_BYTES:].decode(errors="replace").strip().splitlines()
-        raise HostdError(f"skopeo: {text[-1] if text else process.returncode}", reason="PullFailed")
+        text = (folder / "said").read_bytes()[-TOLD_BYTES:].decode(errors="replace")
+        raise failure_of(text, request.reference, request.tenant or DEFAULT_TENANT, known="--src-authfile" in argv)
 
 
 def _size_bytes(folder: Path) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 from dataclasses import dataclass
 
 from controlplane.api.v1 import hosts_pb2
@@ -15,6 +16,7 @@ from controlplane.cli.output import Column
 from controlplane.cli.progress import Progress
 
 DOWN_GRACE_S = 5.0
+REGISTRY = re.compile(r"[A-Za-z0-9]([A-Za-z0-9.-]*[A-Za-z0-9])?(:[0-9]{1,5})?")
 
 
 @dataclass(frozen=True)
@@ -25,6 +27,8 @@ class UpOptions:
     accel: str | None = None
     memory_reserve_mib: int | None = None
     store: str | None = None
+    registries: tuple[str, ...] = ()
+    plain_registries: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -53,7 +57,10 @@ def act_up(options: UpOptions, shell: Shell) -> int:
     home = shell.target.home
     _need_root("up")
     devfiles.check_length(home)
-    settings = devfiles.settings_for(home, options.host_name, options.accel, options.memory_reserve_mib)
+    settings = devfiles.settings_for(
+        home, options.host_name, options.accel, options.memory_reserve_mib,
+        registries=options.registries, plain_registries=options.plain_registries,
+    )  # fmt: skip
     home.prepare()
     with Progress(quiet=shell.quiet) as progress, devfiles.locked(home, waiting=lambda: _wait(progress)):
         result = devup.up(home, settings, shell, progress, store=options.store)
@@ -89,7 +96,7 @@ def act_down(options: DownOptions, shell: Shell) -> int:
         shell.say(f"nothing runs here ({home.root} is not there)")
         return 0
     home.prepare()
-    settings = devfiles.settings_for(home, None, None, None)
+    settings = devfiles.settings_for(home)
     with Progress(quiet=shell.quiet) as progress, devfiles.locked(home, waiting=lambda: _wait(progress)):
         was_up = devdown.down(home, settings, shell, progress, keep=options.keep, grace_s=options.grace_s)
         if options.purge:
@@ -157,6 +164,14 @@ def _configure_up(parser: argparse.ArgumentParser) -> None:
         help="keep the records in an etcd that runs; a file of HOME's unless given",
     )
     parser.add_argument("--memory-reserve", metavar="SIZE", help="memory never given to sandboxes; 512M")
+    parser.add_argument(
+        "--registry", action="append", default=[], metavar="HOST[:PORT]",
+        help="let `image pull` fetch from there; may be given again, and is remembered",
+    )  # fmt: skip
+    parser.add_argument(
+        "--plain-registry", action="append", default=[], metavar="HOST[:PORT]",
+        help="the same without TLS, or with a certificate that nobody checks",
+    )  # fmt: skip
 
 
 def _parse_up(namespace: argparse.Namespace) -> UpOptions:
@@ -165,7 +180,13 @@ def _parse_up(namespace: argparse.Namespace) -> UpOptions:
     if store is not None and not store.startswith("etcd:"):
         raise UsageError(f"--store {store} is no etcd", "", "give etcd:HOST:PORT,..., or leave it out")
     reserve_mib = sizes.parse_size_mib(reserve) if reserve else None
-    return UpOptions(namespace.host_name, namespace.accel, reserve_mib, store)
+    for name in [*namespace.registry, *namespace.plain_registry]:
+        if not REGISTRY.fullmatch(name):
+            raise UsageError(f"{name} is no registry", "", "give HOST or HOST:PORT, without https:// and repository")
+    return UpOptions(
+        namespace.host_name, namespace.accel, reserve_mib, store,
+        tuple(namespace.registry), tuple(namespace.plain_registry),
+    )  # fmt: skip
 
 
 def _configure_down(parser: argparse.ArgumentParser) -> None:
@@ -186,11 +207,16 @@ UP = Command(
     words=("dev", "up"),
     summary="start a fabric on this host: control plane, hostd, their own CA",
     description="Starts what is needed for sandboxes on this one host, or whatever of it does not run: an embedded"
-    " store, the control plane, hostd, and a CA of its own. Does nothing when all of it runs.",
+    " store, the control plane, hostd, and a CA of its own. Does nothing when all of it runs. What is added to"
+    " HOME/hostd.toml by hand stays there; `dev up` begins hostd anew when that changed, and sandboxes run on.",
     configure=_configure_up,
     parse=_parse_up,
     act=act_up,
-    examples=("sandloom dev up", "sandloom dev up --accel tcg --memory-reserve 2G"),
+    examples=(
+        "sandloom dev up",
+        "sandloom dev up --accel tcg --memory-reserve 2G",
+        "sandloom dev up --registry docker.io --registry registry.example:5000",
+    ),
 )
 DOWN = Command(
     words=("dev", "down"),

@@ -3,7 +3,8 @@
 HOME/tls/ca/           the authority (controlplane.ca)
 HOME/tls/              ca.crt, and <role>.crt and .key of operator, controlplane and host
 HOME/controlplane.toml listen, store, tls_ca, tls_cert, tls_key, ca_dir, join_listen
-HOME/hostd.toml        as hostd/config.py has it; also remembers what `dev up` was told the first time
+HOME/hostd.toml        as hostd/config.py has it; also remembers what `dev up` was told the first time, and keeps
+                       what its owner added
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import platform
 import re
 import time
 import tomllib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,6 +35,7 @@ OPERATOR, CONTROLPLANE = "admin", "local"
 MAX_RUN_DIR_BYTES = 67  # hostd/config.py: what unix(7) leaves for the sockets below it
 LOCK_S = 120.0
 LOCK_POLL_S = 0.1
+TICKS_S = 0.5
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,12 @@ class HostSettings:
     name: str
     accel: str = "auto"
     memory_reserve_mib: int = 512
+    registries: tuple[str, ...] = ()
+    plain_registries: tuple[str, ...] = ()  # they are among `registries`, too
+
+    def runs_as(self, other: HostSettings) -> bool:
+        """Whether a hostd that runs with these may go on as it is, or begin anew, when `other` is asked for."""
+        return (self.accel, self.memory_reserve_mib) == (other.accel, other.memory_reserve_mib)
 
 
 def default_host_name(nodename: str) -> str:
@@ -51,13 +59,17 @@ def default_host_name(nodename: str) -> str:
     return label if NAME_PATTERN.fullmatch(label) else "local"
 
 
-def toml(values: Mapping[str, str | int | Path]) -> str:
+Value = str | int | float | Path | Sequence[str | int | float]
+
+
+def toml(values: Mapping[str, Value]) -> str:
     """Top-level keys as TOML; JSON's strings are TOML's basic strings but for DEL."""
-    lines = []
-    for key, value in values.items():
-        text = str(value) if isinstance(value, int) else json.dumps(str(value), ensure_ascii=False)
-        lines.append(f"{key} = {text}\n".replace("\x7f", "\\u007F"))
-    return "".join(lines)
+    return "".join(f"{key} = {_toml_value(value)}\n".replace("\x7f", "\\u007F") for key, value in values.items())
+
+
+def _toml_value(value: Value) -> str:
+    plain = str(value) if isinstance(value, Path) else value
+    return json.dumps(plain if isinstance(plain, str | int | float) else list(plain), ensure_ascii=False)
 
 
 def store_for(home: Home, asked: str | None) -> str:
@@ -91,13 +103,38 @@ def cgroup_name(home: Home) -> str:
 
 
 def hostd_toml(home: Home, settings: HostSettings, controlplane: str, listen: str = ANY_PORT) -> str:
-    """hostd's configuration."""
+    """hostd's configuration, with what its owner added to the one that there is. CliError when that is no TOML."""
     tls = tls_files(home, Role.HOST)
-    return toml({
+    ours: dict[str, Value] = {
         "host": settings.name, "state_dir": home.state, "run_dir": home.run, "listen": listen,
         "controlplane": controlplane, "tls_ca": tls.ca, "tls_cert": tls.cert, "tls_key": tls.key,
         "cgroup": cgroup_name(home), "accel": settings.accel, "memory_reserve_mib": settings.memory_reserve_mib,
-    })  # fmt: skip
+    }  # fmt: skip
+    for key, names in (("registries", settings.registries), ("plain_registries", settings.plain_registries)):
+        if names:
+            ours[key] = names
+    return toml({**_added(hostd_config(home), ours), **ours})
+
+
+def _added(path: Path, ours: Mapping[str, Value]) -> dict[str, Value]:
+    """The keys of a configuration that are not ours."""
+    try:
+        values = tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        raise CliError(f"{path} cannot be kept", str(error), "mend it, or remove it: it is made anew then") from error
+    added = {key: value for key, value in values.items() if key not in ours}
+    for key, value in added.items():
+        parts = value if isinstance(value, list) else [value]
+        if not all(isinstance(part, str | int | float) for part in parts):
+            raise CliError(f"{path} cannot be kept", f"{key} is neither a value nor a list of them", "take it out")
+    return added
+
+
+def is_newer_than(path: Path, uptime_s: float) -> bool:
+    """Whether a configuration was changed after the daemon that reads it had begun, by more than clocks' ticks."""
+    return time.time() - path.stat().st_mtime + TICKS_S < uptime_s
 
 
 def controlplane_config(home: Home) -> Path:
@@ -112,14 +149,28 @@ def recorded_settings(home: Home) -> HostSettings | None:
     """What an earlier `dev up` was told; None when there was none or its file is no use."""
     try:
         values = tomllib.loads(hostd_config(home).read_text(encoding="utf-8"))
-        settings = HostSettings(str(values["host"]), str(values["accel"]), int(values["memory_reserve_mib"]))
+        settings = HostSettings(
+            str(values["host"]), str(values["accel"]), int(values["memory_reserve_mib"]),
+            _names(values, "registries"), _names(values, "plain_registries"),
+        )  # fmt: skip
     except (OSError, ValueError, KeyError, TypeError):
         return None
     return settings if NAME_PATTERN.fullmatch(settings.name) else None
 
 
-def settings_for(home: Home, host_name: str | None, accel: str | None, memory_reserve_mib: int | None) -> HostSettings:
-    """What was asked for, else what was recorded, else the defaults. CliError when the host would be renamed."""
+def _names(values: Mapping[str, object], key: str) -> tuple[str, ...]:
+    names = values.get(key, [])
+    if not isinstance(names, list):
+        raise TypeError(key)
+    return tuple(map(str, names))
+
+
+def settings_for(
+    home: Home, host_name: str | None = None, accel: str | None = None, memory_reserve_mib: int | None = None,
+    *, registries: Sequence[str] = (), plain_registries: Sequence[str] = (),
+) -> HostSettings:  # fmt: skip
+    """What was asked for, else what was recorded, else the defaults; registries are added to those that were recorded.
+    CliError when the host would be renamed."""
     before = recorded_settings(home)
     if before is not None and host_name is not None and host_name != before.name:
         raise CliError(
@@ -131,8 +182,10 @@ def settings_for(home: Home, host_name: str | None, accel: str | None, memory_re
         raise CliError("not a host name", repr(name), "use small letters, digits and -, at most 63")
     base = before or HostSettings(name)
     return HostSettings(
-        name, accel or base.accel, base.memory_reserve_mib if memory_reserve_mib is None else memory_reserve_mib
-    )
+        name, accel or base.accel, base.memory_reserve_mib if memory_reserve_mib is None else memory_reserve_mib,
+        tuple(dict.fromkeys([*base.registries, *registries, *plain_registries])),
+        tuple(dict.fromkeys([*base.plain_registries, *plain_registries])),
+    )  # fmt: skip
 
 
 def check_length(home: Home) -> None:

@@ -108,14 +108,15 @@ def _ensure_hostd(
     running = daemons.running(home, HOSTD)
     if running is not None:
         before = devfiles.recorded_settings(home)
-        if before is not None and before != settings:
+        if before is not None and not before.runs_as(settings):
             raise CliError(
                 "the host runs with other settings", f"accel {before.accel}, reserve {before.memory_reserve_mib} MiB",
                 "run `sandloom dev down --keep` first: sandboxes run on",
             )  # fmt: skip
-        if path.read_text(encoding="utf-8") == text:
+        changed = devfiles.is_newer_than(path, daemons.uptime_s(running))
+        if path.read_text(encoding="utf-8") == text and not changed:
             return running
-        end(home, HOSTD)  # it looks for the control plane where that is no more; its sandboxes run on
+        end(home, HOSTD)  # the control plane is elsewhere, or other things are asked for; its sandboxes run on
     devfiles.issue(home, Role.HOST, settings.name)
     devfiles.write_config(path, text)
     argv = [*shell.argvs[HOSTD], "--config", str(path)]

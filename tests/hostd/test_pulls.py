@@ -3,79 +3,43 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import shutil
+import base64
+import json
 import socket
-import subprocess
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from controlplane.api.v1 import images_pb2
-from hostd.errors import HostdError, InvalidSpec, NotAdmitted
+from hostd.errors import ImageMissing, InvalidSpec, NotAdmitted, RegistryUnavailable
 from hostd.images import domain_of
 from hostd.pulls import argv_of, pull_image, registry_of
 from hostd.sandboxes import IMPORT_PREFIX
 from sharedcache.store import Store
 from tests.hostd.hostkit import config_of, open_store
+from tests.ociregistry import Registry, serving
 from tests.sharedcache.ocikit import OciLayout, layer, squeeze
 
-UP_S = 60.0
-
-
-@dataclass(frozen=True)
-class Registry:
-    """One that runs. `pushed` puts a layout there under a name."""
-
-    address: str
-    folder: Path
-
-    def push(self, layout: OciLayout, name: str) -> str:
-        source = layout.to_folder(self.folder / name.replace(":", "_").replace("/", "_"))
-        subprocess.run(
-            [
-                "skopeo", "--insecure-policy", "copy", "--quiet", "--dest-tls-verify=false",
-                f"oci:{source}", f"docker://{self.address}/{name}",
-            ],
-            check=True, capture_output=True, timeout=UP_S,
-        )  # fmt: skip
-        return f"{self.address}/{name}"
+USER, PASSWORD = "loom", "open sesame"
+PASSWORD_HASH = "$2b$05$abcdefghijklmnopqrstuupx2xBUC4954936wVIjyyPHmUBFu0wCW"  # bcrypt, by libxcrypt
 
 
 @pytest.fixture(scope="module")
 def registry(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Registry]:
-    binary = shutil.which("docker-registry")
-    if binary is None or shutil.which("skopeo") is None:
-        pytest.skip("Debian's docker-registry or skopeo is not installed")
-    folder = tmp_path_factory.mktemp("registry")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    config = folder / "config.yml"
-    config.write_text(
-        f"version: 0.1\nstorage:\n  filesystem:\n    rootdirectory: {folder / 'data'}\n"
-        f"http:\n  addr: 127.0.0.1:{port}\n"
-    )
-    with (folder / "log").open("wb") as log:
-        process = subprocess.Popen([binary, "serve", str(config)], stdout=log, stderr=log)
-    try:
-        _until_up(port, process)
-        yield Registry(f"127.0.0.1:{port}", folder)
-    finally:
-        process.kill()
-        process.wait()
+    with serving(tmp_path_factory.mktemp("registry")) as found:
+        yield found
 
 
-def _until_up(port: int, process: subprocess.Popen[bytes]) -> None:
-    for _ in range(int(UP_S / 0.1)):
-        with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=1):
-            return
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(0.1)
-            raise AssertionError(f"the registry ended: {process.returncode}")
-    raise AssertionError("the registry does not listen")
+@pytest.fixture(scope="module")
+def closed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Registry]:
+    """One that knows a single user."""
+    folder = tmp_path_factory.mktemp("closed")
+    (folder / "users").write_text(f"{USER}:{PASSWORD_HASH}\n")
+    auth = f"auth:\n  htpasswd:\n    realm: closed\n    path: {folder / 'users'}\n"
+    with serving(folder, auth) as found:
+        yield replace(found, credentials=f"{USER}:{PASSWORD}")
 
 
 @pytest.fixture
@@ -115,9 +79,64 @@ async def test_an_image_is_pulled_converted_and_the_tenants(registry: Registry, 
 
 
 async def test_what_is_not_there_says_so(registry: Registry, store: Store, tmp_path: Path) -> None:
-    with pytest.raises(HostdError, match="skopeo") as caught:
-        await pull(registry, store, tmp_path, f"{registry.address}/team/none:1")
-    assert caught.value.reason == "PullFailed"
+    registry.push(image_layout(), "team/tagged:1")
+    for name in ("team/none:1", "team/tagged:2"):
+        with pytest.raises(ImageMissing, match=rf"no image {registry.address}/{name}: check repository and tag"):
+            await pull(registry, store, tmp_path, f"{registry.address}/{name}")
+
+
+async def test_a_registry_that_does_not_answer_or_has_no_tls_is_told_apart(
+    registry: Registry, store: Store, tmp_path: Path
+) -> None:
+    with socket.socket() as nobody:
+        nobody.bind(("127.0.0.1", 0))
+        away = f"127.0.0.1:{nobody.getsockname()[1]}"
+        with pytest.raises(RegistryUnavailable, match=f"{away} cannot be reached"):
+            await pull(registry, store, tmp_path, f"{away}/a:1", registries=("*",))
+    with pytest.raises(RegistryUnavailable, match="does not speak TLS") as caught:
+        await pull(registry, store, tmp_path, f"{registry.address}/a:1", plain_registries=())
+    assert caught.value.reason == "RegistryPlain"
+
+
+def login(folder: Path, registry: Registry, tenant: str, credentials: str) -> Path:
+    """The tenant's file of credentials, as `skopeo login` writes it."""
+    folder.mkdir(exist_ok=True)
+    path = folder / f"{tenant}.json"
+    word = base64.b64encode(credentials.encode()).decode()
+    path.write_text(json.dumps({"auths": {registry.address: {"auth": word}}}))
+    path.chmod(0o600)
+    return path
+
+
+async def test_a_tenants_credentials_are_its_own_and_are_told_to_nobody(
+    closed: Registry, store: Store, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("DEBUG")
+    reference = closed.push(image_layout(b"secret"), "team/closed:1")
+    folder = tmp_path / "auth"
+    login(folder, closed, "other", closed.credentials)
+    with pytest.raises(NotAdmitted, match=f"skopeo login --authfile DIR/acme.json {closed.address}") as caught:
+        await pull(closed, store, tmp_path, reference, registry_auth_dir=folder)
+    assert caught.value.reason == "RegistryDenied"
+    mine = login(folder, closed, "acme", f"{USER}:wrong")
+    with pytest.raises(NotAdmitted, match="the credentials that this host has"):
+        await pull(closed, store, tmp_path, reference, registry_auth_dir=folder)
+    login(folder, closed, "acme", closed.credentials)
+    assert (await pull(closed, store, tmp_path, reference, registry_auth_dir=folder)).digest
+    mine.chmod(0o640)
+    with pytest.raises(NotAdmitted, match="chmod 600"):
+        await pull(closed, store, tmp_path, reference, registry_auth_dir=folder)
+    argv = argv_of(reference, tmp_path / "archive", tmp_path / "tmp", verify=True, credentials=mine)
+    assert not any(PASSWORD in word for word in [*argv, caplog.text])
+
+
+async def test_what_root_is_logged_in_to_is_no_tenants(
+    closed: Registry, store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reference = closed.push(image_layout(b"roots"), "team/roots:1")
+    monkeypatch.setenv("REGISTRY_AUTH_FILE", str(login(tmp_path / "root", closed, "root", closed.credentials)))
+    with pytest.raises(NotAdmitted):
+        await pull(closed, store, tmp_path, reference)
 
 
 async def test_a_registry_that_is_not_named_is_never_asked(registry: Registry, store: Store, tmp_path: Path) -> None:
@@ -145,7 +164,8 @@ def test_which_registries_may_be_asked(tmp_path: Path) -> None:
 
 
 def test_skopeo_is_told_whether_to_verify(tmp_path: Path) -> None:
-    argv = argv_of("r.example/a:1", tmp_path / "archive", tmp_path / "tmp", verify=True)
+    argv = argv_of("r.example/a:1", tmp_path / "archive", tmp_path / "tmp", verify=True, credentials=None)
+    assert "--src-no-creds" in argv
     assert "--src-tls-verify=true" in argv and argv[-2:] == [
         "docker://r.example/a:1",
         f"oci-archive:{tmp_path / 'archive'}",

@@ -10,6 +10,8 @@ import shutil
 import signal
 import sys
 import tempfile
+import time
+import tomllib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -165,6 +167,42 @@ def test_a_host_is_not_renamed_and_a_running_one_not_changed(dev: Dev) -> None:
     assert "it is named loom" in dev("dev", "up", "--host-name", "other").err
     assert "accel tcg" in dev("dev", "up", "--accel", "kvm").err
     assert dev("dev", "down").code == 0
+
+
+def test_what_is_added_to_the_hosts_configuration_stays_and_counts(dev: Dev) -> None:
+    assert dev("dev", "up", "--host-name", "loom", "--registry", "r.example").code == 0
+    path = devfiles.hostd_config(dev.home)
+    before = dev.pids()
+    assert dev("dev", "up", "--registry", "r.example").code == 0  # nothing new
+    assert dev.pids() == before
+    assert dev("dev", "up", "--plain-registry", "127.0.0.1:5000").code == 0
+    named = {"registries": ["r.example", "127.0.0.1:5000"], "plain_registries": ["127.0.0.1:5000"]}
+    assert tomllib.loads(path.read_text()).items() >= named.items()
+    after = dev.pids()
+    assert (after["controlplane"], after["hostd"] != before["hostd"]) == (before["controlplane"], True)
+    added: dict[str, devfiles.Value] = {
+        "labels": ["zone=eu"],
+        "network_nat": True,
+        "memory_sense_s": 1.5,
+        "registry_auth_dir": "/etc/x",
+    }
+    path.write_text(path.read_text() + devfiles.toml(added))
+    late_s = time.time() + 60  # as if it was written later
+    os.utime(path, (late_s, late_s))
+    assert dev("dev", "up").code == 0
+    assert dev.pids()["hostd"] != after["hostd"]
+    assert tomllib.loads(path.read_text()).items() >= {**named, **added}.items()
+    assert dev("dev", "down").code == 0
+
+
+def test_a_configuration_that_cannot_be_kept_is_not_thrown_away(dev: Dev) -> None:
+    path = devfiles.hostd_config(dev.home)
+    path.parent.mkdir(mode=0o711)
+    for text, told in (("registries = [", "cannot be kept"), ("[odd]\na = 1\n", "odd is neither")):
+        path.write_text(text)
+        done = dev("dev", "up", "--host-name", "loom")
+        assert (done.code, told in done.err, path.read_text()) == (1, True, text), done
+    assert "is no registry" in dev("dev", "up", "--registry", "https://r.example").err
 
 
 def test_a_path_too_long_for_sockets_is_refused_before_anything_starts(dev: Dev) -> None:
