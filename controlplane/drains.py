@@ -53,8 +53,14 @@ class Drains:
                 for blocker in plan.blockers:
                     text = f"host {name} is being drained by force, and {blocker.reason}"
                     await self._change(blocker.sandbox, _stopped, "StopAsked", text)
-            if plan.empty:
+            if plan.empty and self._is_at_rest(name):
                 await self._registry.drained(member)
+
+    def _is_at_rest(self, name: str) -> bool:
+        """Whether the host itself says, too, that it has promised nothing more (to members of pools, to what still
+        ends there); one that is LOST says nothing more."""
+        host = self._view.hosts.get(name)
+        return host is None or name not in self._view.alive or not host.capacity.memory_reserved_mib
 
     def _moved(self, sandbox: Sandbox) -> Sandbox:
         return transitions.moved(sandbox, max(self._view.revision, sandbox.epoch + 1))

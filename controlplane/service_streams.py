@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from controlplane.api.v1 import sandboxes_pb2
 from controlplane.edge import sandboxes as edge
-from controlplane.errors import Invalid, NotFound, OperationError, Precondition
+from controlplane.errors import Invalid, NotFound, OperationError, Precondition, Unavailable
 from controlplane.gate import Caller, Context, Gate
 from controlplane.model import Host, Phase, Sandbox
 from controlplane.relay import HostLinks, answer, answers, relay
@@ -95,8 +95,12 @@ class StreamMethods:
             view = self._streams.view
             if request.host and not _may_know(caller, request.host, view):
                 raise NotFound("HostNotFound", f"there is no host {request.host}", host=request.host)
-            known = (name for name in view.alive & set(view.hosts) if _may_know(caller, name, view))
-            names = [request.host] if request.host else sorted(known)
+            if request.host and request.host not in view.alive:
+                text = f"host {request.host} is LOST: what its sandboxes hold is not known until it returns"
+                raise Unavailable("HostLost", text, host=request.host)
+            known = sorted(name for name in view.hosts if _may_know(caller, name, view))
+            names = [request.host] if request.host else [name for name in known if name in view.alive]
+            lost = [] if request.host else [name for name in known if name not in view.alive]
             try:
                 async with asyncio.TaskGroup() as group:
                     tasks = [group.create_task(self._ledger_of(view.hosts[name])) for name in names]
@@ -105,7 +109,9 @@ class StreamMethods:
                 if told is None:
                     raise
                 raise told from failed
-            return _merged([task.result() for task in tasks], caller, view)
+            merged = _merged([task.result() for task in tasks], caller, view)
+            merged.lost_hosts.extend(lost)
+            return merged
 
     async def _ledger_of(self, host: Host) -> sandboxes_pb2.SharingLedger:
         stub = await self._streams.links.stub(host)

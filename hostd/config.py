@@ -137,6 +137,14 @@ class Config:
             follow_s=self.memory_follow_s,
         )
 
+    def require_room(self, total_mib: int) -> None:
+        """ConfigError when the reserve leaves sandboxes nothing of a host of `total_mib`."""
+        if self.memory_reserve_mib >= total_mib:
+            raise ConfigError(
+                f"memory_reserve_mib {self.memory_reserve_mib} is not below this host's memory, {total_mib} MiB:"
+                " nothing would be left for sandboxes"
+            )
+
     def _require_memory(self) -> None:
         if 0 < self.memory_budget_mib <= self.memory_reserve_mib:
             raise ConfigError(

@@ -40,6 +40,7 @@ from hostd.drivers.choice import Chosen, choose
 from hostd.edge import render_classes
 from hostd.errors import HostdError
 from hostd.fetching import Fetcher
+from hostd.memory import pressure
 from hostd.peers import HostPeers, Offers
 from hostd.poolreports import render_report
 from hostd.register import Outbox, Registration
@@ -188,6 +189,7 @@ async def _until_first_ends(*works: Coroutine[Any, Any, object]) -> None:
 async def serve(config: Config) -> None:
     """Runs a hostd until SIGTERM or SIGINT."""
     doctor.require_no_ksm()
+    config.require_room(pressure.total_mib())
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     for signo in (signal.SIGTERM, signal.SIGINT):

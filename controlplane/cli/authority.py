@@ -7,14 +7,18 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from controlplane.api.identity import Identity, Role
+from controlplane.api.status import Condition
+from controlplane.api.v1 import tenants_pb2
 from controlplane.ca import LEAF_DAYS, Authority
 from controlplane.cli.command import Command, Shell
-from controlplane.cli.errors import CliError, UsageError
+from controlplane.cli.connection import CALL_S, Fabric, calling
+from controlplane.cli.errors import CallFailed, CliError, UsageError
 
 
 @dataclass(frozen=True)
 class IssueOptions:
-    """`ca` None: the CA of HOME's own fabric. `create`: make the CA when its folder has none."""
+    """`ca` None: the CA of HOME's own fabric. `create`: make the CA when its folder has none. `known`: only for a
+    tenant that the fabric knows; where it cannot be asked, a note says so."""
 
     role: Role
     name: str
@@ -24,12 +28,15 @@ class IssueOptions:
     addresses: tuple[str, ...] = ()
     days: int = LEAF_DAYS
     create: bool = False
+    known: bool = False
 
 
 def act(options: IssueOptions, shell: Shell) -> int:
     folder = options.ca or shell.target.home.tls / "ca"
     if not options.create and not (folder / "ca.key").exists():
         raise CliError("there is no CA here", str(folder), "name its folder with --ca; --create makes a new one")
+    if options.known:
+        _require_tenant(options, shell)
     authority = Authority.ensure(folder)
     try:
         files = authority.issue_files(
@@ -41,6 +48,23 @@ def act(options: IssueOptions, shell: Shell) -> int:
     shell.printer.write(f"{files.cert}\n")
     shell.say(f"ca.crt, {files.cert.name} and {files.key.name} are in {options.folder}: use them with --tls-dir")
     return 0
+
+
+def _require_tenant(options: IssueOptions, shell: Shell) -> None:
+    """CliError when the fabric says that there is no such tenant: its certificate would be refused."""
+    name = options.name
+
+    async def ask(fabric: Fabric) -> None:
+        remedies = {Condition.NOT_FOUND: f"`sandloom tenants create {name}` makes it; `--force` issues it all the same"}
+        with calling(f"no certificate for tenant {name}", remedies):
+            await fabric.tenants.GetTenant(tenants_pb2.GetTenantRequest(name=name), timeout=CALL_S)
+
+    try:
+        shell.over(ask)
+    except CliError as error:
+        if isinstance(error, CallFailed) and error.code == "NOT_FOUND":
+            raise
+        shell.say(f"sandloom: note: whether there is a tenant {name} could not be asked: {error.what}")
 
 
 def _shared(parser: argparse.ArgumentParser) -> None:
@@ -60,6 +84,7 @@ def _configure_issue(parser: argparse.ArgumentParser) -> None:
 
 def _configure_cert(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("name", metavar="TENANT", help="a tenant's name")
+    parser.add_argument("--force", action="store_true", help="also for a tenant that is not there (yet)")
     _shared(parser)
 
 
@@ -69,7 +94,7 @@ def _parse(namespace: argparse.Namespace) -> IssueOptions:
     return IssueOptions(
         Role(getattr(namespace, "role", Role.TENANT.value)), namespace.name, namespace.out, namespace.ca,
         tuple(getattr(namespace, "dns", ())), tuple(getattr(namespace, "ip", ())), int(namespace.days),
-        bool(getattr(namespace, "create", False)),
+        bool(getattr(namespace, "create", False)), not getattr(namespace, "force", True),
     )  # fmt: skip
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -118,17 +118,32 @@ async def open_fabric(target: Target) -> AsyncIterator[Fabric]:
 
 
 @contextmanager
-def calling(what: str, remedies: Remedies | None = None) -> Iterator[None]:
-    """Turns a failed RPC into CallFailed: `what` failed, and what to do by condition (else by REMEDIES)."""
+def calling(what: str, remedies: Remedies | None = None, flags: Mapping[str, str] | None = None) -> Iterator[None]:
+    """Turns a failed RPC into CallFailed: `what` failed, and what to do by condition (else by REMEDIES). `flags`: by
+    which option a user gives a field of the request."""
     try:
         yield
     except grpc.RpcError as error:
-        raise translated(what, error, remedies or {}) from error
+        raise translated(what, error, remedies or {}, flags or {}) from error
 
 
-def translated(what: str, error: grpc.RpcError, remedies: Remedies) -> CallFailed:
+def translated(
+    what: str, error: grpc.RpcError, remedies: Remedies, flags: Mapping[str, str] | None = None
+) -> CallFailed:
     """The CallFailed of one RpcError; Unreachable when nothing of ours answered."""
-    failure = parse_error(error)
+    failure = in_flags(parse_error(error), flags or {})
+    if failure.condition is Condition.UNAVAILABLE and "CERTIFICATE_VERIFY_FAILED" in failure.message:
+        return CallFailed(
+            "another fabric answers, or its certificate has run out",
+            "what it shows is not signed by the ca.crt that is used here",
+            "use this fabric's own files (--tls-dir, --context)", code="UNAUTHENTICATED", reason="ForeignCertificate",
+        )  # fmt: skip
+    if failure.condition is Condition.UNAVAILABLE and not _is_ours(error) and "Socket closed" in failure.message:
+        return Unreachable(
+            "the control plane closes the connection", "it is stopping, or does not take this certificate",
+            "use a certificate of this fabric's own CA that has not run out (--tls-dir, --context)",
+            code=failure.code.name, reason=failure.reason,
+        )  # fmt: skip
     if failure.condition is Condition.UNAVAILABLE and not _is_ours(error):
         return Unreachable(
             "the control plane does not answer", _short(failure.message), "see `sandloom dev status`; "
@@ -138,6 +153,16 @@ def translated(what: str, error: grpc.RpcError, remedies: Remedies) -> CallFaile
     if "`sandloom " in failure.message:
         remedy = ""  # it says so itself
     return CallFailed(what, explained(failure), remedy, code=failure.code.name, reason=failure.reason)
+
+
+def in_flags(failure: Failure, flags: Mapping[str, str]) -> Failure:
+    """The failure with the options in the place of the fields at fault; those without one stay as they are. Pure."""
+    message = failure.message
+    for problem in failure.fields:
+        flag = flags.get(problem.field)
+        if flag is not None and message == f"{problem.field}: {problem.problem}":
+            message = f"{flag}: {problem.problem}"
+    return replace(failure, message=message)
 
 
 def _is_ours(error: grpc.RpcError) -> bool:

@@ -181,11 +181,22 @@ def settings_for(
     if not NAME_PATTERN.fullmatch(name):
         raise CliError("not a host name", repr(name), "use small letters, digits and -, at most 63")
     base = before or HostSettings(name)
+    if memory_reserve_mib is not None:
+        require_room(memory_reserve_mib)
     return HostSettings(
         name, accel or base.accel, base.memory_reserve_mib if memory_reserve_mib is None else memory_reserve_mib,
         tuple(dict.fromkeys([*base.registries, *registries, *plain_registries])),
         tuple(dict.fromkeys([*base.plain_registries, *plain_registries])),
     )  # fmt: skip
+
+
+def require_room(memory_reserve_mib: int) -> None:
+    """CliError when a reserve leaves this machine's sandboxes nothing."""
+    total_mib = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") >> 20
+    if memory_reserve_mib >= total_mib:
+        raise CliError(
+            "--memory-reserve leaves nothing for sandboxes", f"{memory_reserve_mib} MiB of {total_mib} MiB", "give less"
+        )
 
 
 def check_length(home: Home) -> None:

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import os
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
+from typing import TextIO
 
 from controlplane.api.status import Condition
 from controlplane.api.v1 import hosts_pb2
@@ -42,10 +46,11 @@ class DrainOptions:
 
 @dataclass(frozen=True)
 class TokenOptions:
-    """`host`: the only name that may join by it."""
+    """`host`: the only name that may join by it; `out`: a file that it goes to, for its owner alone."""
 
     host: str = ""
     lifetime_s: int = 0
+    out: Path | None = None
 
 
 async def _get(fabric: Fabric, names: Sequence[str]) -> list[hosts_pb2.Host]:
@@ -130,10 +135,30 @@ def act_token(options: TokenOptions, shell: Shell) -> int:
             request = hosts_pb2.CreateJoinTokenRequest(host=options.host, lifetime_s=options.lifetime_s)
             return await fabric.hosts.CreateJoinToken(request, timeout=CALL_S)
 
-    made = shell.over(ask)
-    shell.printer.write(f"{made.token}\n")
-    shell.say("on the new host: sandloom host join TOKEN --name NAME; it works once, and is a secret until then")
+    if options.out is None:
+        shell.printer.write(f"{shell.over(ask).token}\n")
+        shell.say("on the new host: sandloom host join TOKEN --name NAME; it works once, and is a secret until then")
+        return 0
+    with secret_file(options.out) as file:  # first: a token that nobody can keep must not be made
+        file.write(f"{shell.over(ask).token}\n")
+    shell.say(
+        f"on the new host: sandloom host join @{options.out} --name NAME; it works once, and is a secret until then"
+    )
     return 0
+
+
+@contextmanager
+def secret_file(path: Path) -> Iterator[TextIO]:
+    """A new file that only its owner can read, in the place of what was there; nothing is left when the block fails."""
+    beside = path.with_name(f"{path.name}.new-{os.getpid()}")
+    descriptor = os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    try:
+        with os.fdopen(descriptor, "w", encoding="ascii") as file:
+            yield file
+        beside.replace(path)
+    except BaseException:
+        beside.unlink(missing_ok=True)
+        raise
 
 
 def _names(parser: argparse.ArgumentParser) -> None:
@@ -159,10 +184,11 @@ def _configure_drain(parser: argparse.ArgumentParser) -> None:
 def _configure_token(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--host", default="", metavar="NAME", help="only this name may join by it, also anew")
     parser.add_argument("--lifetime", default="3600", metavar="S", help="how long it is good for; an hour")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="write it there, readable for its owner only")
 
 
 def _parse_token(namespace: argparse.Namespace) -> TokenOptions:
-    return TokenOptions(namespace.host, int(sizes.parse_duration_s(namespace.lifetime)))
+    return TokenOptions(namespace.host, int(sizes.parse_duration_s(namespace.lifetime)), namespace.out)
 
 
 INSPECT = Command(
@@ -213,7 +239,7 @@ TOKEN = Command(
     configure=_configure_token,
     parse=_parse_token,
     act=act_token,
-    examples=("sandloom hosts token", "sandloom hosts token --host h2 --lifetime 600"),
+    examples=("sandloom hosts token --out token", "sandloom hosts token --host h2 --lifetime 600"),
 )
 HOST_TOKEN = Command(
     words=("host", "token"),

@@ -49,6 +49,7 @@ def act(options: JoinOptions, shell: Shell) -> int:
     home, settings = shell.target.home, options.settings
     ticket = jointokens.decode(_word(options.word))
     devfiles.check_length(home)
+    devfiles.require_room(settings.memory_reserve_mib)
     config = devfiles.hostd_config(home)
     if config.exists() and not options.force:
         raise CliError("this HOME is a host already", str(config), "choose another --home, or --force to join anew")

@@ -56,6 +56,7 @@ def main(
 ) -> Ended:
     """Runs one command to its end. Raises only what no code foresaw, and that only under SANDLOOM_DEBUG."""
     environ = os.environ if environ is None else environ
+    argv = ["version", *argv[1:]] if list(argv[:1]) == ["--version"] else argv
     code = parser.failed_code(argv, TABLE)
     try:
         invocation = parser.parse(argv, TABLE)

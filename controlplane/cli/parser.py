@@ -129,7 +129,9 @@ def overview(table: Table, prefix: tuple[str, ...] = ()) -> str:
         "  --address H:P    the control plane to talk to",
         "  --tls-dir DIR    ca.crt, operator.crt, operator.key",
     ]
-    lines += ["  -q, --quiet      no progress and no notes", ""]
+    lines += ["  -q, --quiet      no progress and no notes"]
+    lines += [] if prefix else ["", "  --version        the same as `sandloom version`"]
+    lines += [""]
     lines += [f"`{PROGRAM} COMMAND --help` has examples. Begin with `{PROGRAM} doctor`, then `{PROGRAM} dev up`."]
     return "\n".join(lines) + "\n"
 

@@ -194,7 +194,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--set-cpus", default="", metavar="N", help="classes get so many CPUs")
     parser.add_argument("--overcommit", default="", metavar="X", help="CPU may be asked for X times over")
     parser.add_argument("--quantile", default="", metavar="Q", help="the quantile of measured use that is charged")
-    parser.add_argument("--domains", default="", choices=("", *DOMAINS), help="who shares with whom")
+    parser.add_argument("--domains", default="", choices=DOMAINS, help="who shares with whom")
     parser.add_argument("--report", type=Path, metavar="FILE", help="write a report (HTML) with pictures")
     add_output(parser, FORMS)
 

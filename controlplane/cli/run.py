@@ -35,6 +35,17 @@ RESTARTS = {
     "never": sandboxes_pb2.RESTART_NEVER,
     "on-host-loss": sandboxes_pb2.RESTART_ON_HOST_LOSS,
 }
+FLAGS = {
+    "name": "--name", "spec.image": "IMAGE", "spec.class": "--class", "spec.hostname": "--hostname",
+    "spec.resources.memory_min_mib": "--memory", "spec.resources.memory_max_mib": "--memory",
+    "spec.resources.memory_mib": "--memory", "spec.resources.cpu_milli": "--cpus", "spec.labels": "--label",
+    "spec.rules.affinity": "--affinity", "spec.rules.tolerations": "--tolerate", "spec.rules.spread": "--spread",
+    "spec.rules.trust": "--trust", "spec.priority": "--priority", "spec.weight": "--weight",
+    "spec.process.argv": "PROGRAM", "spec.process.env": "--env", "spec.process.workdir": "--workdir",
+    "spec.process.user": "--user", "spec.network": "--network", "spec.network.allow": "--allow",
+    "request_id": "--request-id",
+}  # fmt: skip
+"""By which option a field of the request is given."""
 CREATE_TRIES = 3
 GONE_S = 30.0  # how long a host may take to let go of a sandbox that ended
 NUDGE_S = 2.0  # after that much of it the removal is asked for outright
@@ -305,7 +316,7 @@ async def create(fabric: Fabric, options: RunOptions, spec: sandboxes_pb2.Sandbo
     }
     for attempt in range(1, CREATE_TRIES + 1):
         try:
-            with calling(f"cannot run {options.image}", remedies):
+            with calling(f"cannot run {options.image}", remedies, FLAGS):
                 return await fabric.sandboxes.CreateSandbox(request, timeout=CALL_S)
         except Unreachable:
             if attempt == CREATE_TRIES:

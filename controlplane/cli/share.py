@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from controlplane.api.v1 import sandboxes_pb2
 from controlplane.cli.command import Command, Shell, add_output
 from controlplane.cli.connection import CALL_S, Fabric, calling
+from controlplane.cli.errors import CliError
 from controlplane.cli.output import Column, paint, plain, render_json, render_yaml, safe
 from controlplane.cli.sizes import format_bytes
 
@@ -104,6 +105,12 @@ async def _ledger(fabric: Fabric, host: str) -> sandboxes_pb2.SharingLedger:
 def act(options: ShareOptions, shell: Shell) -> int:
     ledger = shell.over(lambda fabric: _ledger(fabric, options.host))
     printer = shell.printer
+    if ledger.lost_hosts and not ledger.sandboxes and not ledger.hosts:
+        raise CliError(
+            "nothing can be measured", f"LOST: {', '.join(ledger.lost_hosts)}", "`sandloom hosts` shows what is up"
+        )
+    if ledger.lost_hosts:
+        shell.say(f"sandloom: note: not in it, for they are LOST: {', '.join(map(safe, ledger.lost_hosts))}")
     if printer.form in ("json", "yaml"):
         printer.write((render_json if printer.form == "json" else render_yaml)(plain(ledger)))
         return 0

@@ -140,7 +140,9 @@ def parse_resources(asked: sandboxes_pb2.Resources) -> Resources:
         raise Invalid("spec.resources.memory_mib", f"{now} MiB is not between {low} and {high}")
     cpu = asked.cpu_milli or DEFAULT_CPU_MILLI
     if cpu > MAX_CPU_MILLI:
-        raise Invalid("spec.resources.cpu_milli", f"{cpu} is above {MAX_CPU_MILLI}")
+        raise Invalid(
+            "spec.resources.cpu_milli", f"{cpu / 1000:g} CPUs are above {MAX_CPU_MILLI / 1000:g}, the most there are"
+        )
     return Resources(low, high, now, cpu)
 
 

@@ -49,6 +49,11 @@ def parse_meminfo(text: str) -> tuple[int, int]:
         raise HostdError(f"/proc/meminfo has no MemTotal and MemAvailable ({error}): is /proc mounted?") from error
 
 
+def total_mib() -> int:
+    """What this machine has."""
+    return parse_meminfo((PROC / "meminfo").read_text())[0]
+
+
 def within_budget(host: HostMemory, budget_mib: int, charged_mib: int, cache_mib: int) -> HostMemory:
     """The host as a budget leaves it: never more than there is. Pure."""
     left_mib = budget_mib - max(0, charged_mib - cache_mib)

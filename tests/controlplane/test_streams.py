@@ -414,6 +414,17 @@ async def test_the_ledger_joins_all_hosts_and_hides_what_is_not_ones_own(plane: 
     assert parse_error(caught.value).reason == "HostNotFound"
 
 
+async def test_what_a_lost_host_holds_is_said_to_be_missing(plane: Plane) -> None:
+    client = (await running_box(plane))[0]
+    plane.parts.view.alive.discard("h1")
+    ledger = await client.sandboxes.GetSharingLedger(sandboxes_pb2.GetSharingLedgerRequest(), timeout=60)
+    assert list(ledger.lost_hosts) == ["h1"] and not ledger.hosts
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await client.sandboxes.GetSharingLedger(sandboxes_pb2.GetSharingLedgerRequest(host="h1"), timeout=60)
+    failure = parse_error(caught.value)
+    assert (failure.condition, failure.reason) == (Condition.UNAVAILABLE, "HostLost")
+
+
 async def test_a_ledger_names_the_host_that_does_not_answer_to_those_who_may_know_it(
     plane: Plane, monkeypatch: pytest.MonkeyPatch
 ) -> None:

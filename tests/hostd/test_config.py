@@ -87,3 +87,10 @@ def test_labels_and_taints_are_checked_one_by_one(tmp_path: Path) -> None:
     for wrong in ('["zone="]', '["=x"]', '["a b"]', '"zone=eu"', "[1]"):
         with pytest.raises(ConfigError, match="labels"):
             parse(tmp_path, GOOD + f"labels = {wrong}\n")
+
+
+def test_a_reserve_leaves_something_for_sandboxes(tmp_path: Path) -> None:
+    config = parse(tmp_path, GOOD + "memory_reserve_mib = 4096\n")
+    config.require_room(4097)
+    with pytest.raises(ConfigError, match="memory_reserve_mib 4096 is not below this host's memory, 4096 MiB"):
+        config.require_room(4096)

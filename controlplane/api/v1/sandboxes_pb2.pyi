@@ -1418,19 +1418,25 @@ class SharingLedger(_message.Message):
 
     SANDBOXES_FIELD_NUMBER: _builtins.int
     HOSTS_FIELD_NUMBER: _builtins.int
+    LOST_HOSTS_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def sandboxes(self) -> _containers.RepeatedCompositeFieldContainer[Global___SandboxMemory]: ...
     @_builtins.property
     def hosts(self) -> _containers.RepeatedCompositeFieldContainer[Global___HostMemory]: ...
+    @_builtins.property
+    def lost_hosts(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """not asked, for they are LOST: what they hold is not in the ledger"""
+
     def __init__(
         self,
         *,
         sandboxes: _abc.Iterable[Global___SandboxMemory] | None = ...,
         hosts: _abc.Iterable[Global___HostMemory] | None = ...,
+        lost_hosts: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["hosts", b"hosts", "sandboxes", b"sandboxes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["hosts", b"hosts", "lost_hosts", b"lost_hosts", "sandboxes", b"sandboxes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -40,7 +40,7 @@ from tests.controlplane.cli.faketenants import FakeTenants, acting_for
 Output = sandboxes_pb2.StreamOutput
 Program = Callable[["FakeProcess"], int]
 ENDED = (sandboxes_pb2.EXITED, sandboxes_pb2.FAILED)
-WAIT_S = 10.0
+WAIT_S = 60.0
 
 
 def issue_tls(folder: Path) -> TlsFiles:
@@ -172,7 +172,9 @@ class FakeFabric(
         self.calls.append((name, request))
         failure = self.failing.pop(name, None)
         if failure is not None:
-            fail(context, failure.condition, failure.reason, failure.message, **dict(failure.details))
+            status = to_status(failure)
+            context.set_trailing_metadata(((DETAILS_TRAILER, status.SerializeToString()),))
+            context.abort(failure.code, failure.message)
 
     def find(self, name: str, context: grpc.ServicerContext) -> sandboxes_pb2.Sandbox:
         found = [box for box in self.sandboxes.values() if name in (box.name, box.uid)]

@@ -18,6 +18,9 @@ class FakeHosts(hosts_pb2_grpc.HostsServicer):
         self.tenants_asked: list[str] = []
         self.stuck: dict[str, hosts_pb2.DrainBlocker] = {}
 
+    def _called(self, name: str, request: Any, context: Any) -> None:
+        raise NotImplementedError
+
     def GetHost(self, request: Any, context: Any) -> hosts_pb2.Host:
         return self.hosts[request.name]
 
@@ -43,6 +46,7 @@ class FakeHosts(hosts_pb2_grpc.HostsServicer):
         return hosts_pb2.RemoveHostResponse()
 
     def CreateJoinToken(self, request: Any, context: Any) -> hosts_pb2.JoinToken:
+        self._called("CreateJoinToken", request, context)
         self.tokens.append(request)
         return hosts_pb2.JoinToken(token="sandloom-join-x", id="x")
 

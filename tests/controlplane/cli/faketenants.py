@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+import grpc
+
 from controlplane.api.identity import TENANT_HEADER
+from controlplane.api.status import DETAILS_TRAILER, Condition, Failure, to_status
 from controlplane.api.v1 import tenants_pb2, tenants_pb2_grpc
 
 
@@ -19,7 +22,11 @@ class FakeTenants(tenants_pb2_grpc.TenantsServicer):
         return tenants_pb2.ListTenantsResponse(tenants=[tenants_pb2.Tenant(name=name) for name in self.tenants])
 
     def GetTenant(self, request: Any, context: Any) -> tenants_pb2.Tenant:
-        raise NotImplementedError
+        if request.name not in self.tenants:
+            status = to_status(Failure(Condition.NOT_FOUND, "TenantNotFound", f"there is no tenant {request.name}"))
+            context.set_trailing_metadata(((DETAILS_TRAILER, status.SerializeToString()),))
+            context.abort(grpc.StatusCode.NOT_FOUND, status.message)
+        return tenants_pb2.Tenant(name=request.name)
 
     def CreateTenant(self, request: Any, context: Any) -> tenants_pb2.Tenant:
         raise NotImplementedError

@@ -46,7 +46,7 @@ def complete(folder: Path, line: str, shell: str = "bash") -> list[str]:
 
 
 CASES = [
-    ("re", ["resize", "restore"]),
+    ("re", ["replay", "resize", "restore"]),
     ("dev ", ["down", "status", "up"]),
     ("image im", ["import"]),
     ("run --cl", ["--class"]),

@@ -5,9 +5,12 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from controlplane import jointokens
 from controlplane.api.channel import TlsFiles
+from controlplane.api.status import Condition, Failure
 from controlplane.api.v1 import hosts_pb2
 from controlplane.ca import Authority
+from controlplane.jointokens import Ticket
 from tests.controlplane.cli.conftest import Cli
 from tests.controlplane.cli.fakefabric import FakeFabric
 
@@ -41,6 +44,40 @@ def test_a_token_is_printed_alone(fabric: FakeFabric, cli: Cli) -> None:
     assert (done.code, done.out) == (0, "sandloom-join-x\n")
     assert (fabric.tokens[0].host, fabric.tokens[0].lifetime_s) == ("h2", 60)
     assert cli.ok("host", "token") == "sandloom-join-x\n"
+
+
+def test_a_token_goes_to_a_file_that_nobody_else_reads(fabric: FakeFabric, cli: Cli, tmp_path: Path) -> None:
+    path = tmp_path / "out" / "token"
+    path.parent.mkdir()
+    path.write_text("old")
+    path.chmod(0o644)
+    done = cli("hosts", "token", "--out", str(path))
+    assert (done.code, done.out, path.read_text()) == (0, "", "sandloom-join-x\n")
+    assert path.stat().st_mode & 0o777 == 0o600
+    fabric.failing["CreateJoinToken"] = Failure(Condition.UNAVAILABLE, "StoreUnavailable", "no store")
+    assert cli("host", "token", "--out", str(path)).code == 1
+    assert path.read_text() == "sandloom-join-x\n" and list(path.parent.iterdir()) == [path]
+    assert cli("host", "token", "--out", str(tmp_path / "no" / "token")).code == 1
+
+
+def test_a_certificate_for_no_tenant_is_refused_unless_it_is_wanted(
+    fabric: FakeFabric, cli: Cli, tmp_path: Path
+) -> None:
+    fabric.tenants.append("acme")
+    assert cli.ok("tenants", "cert", "acme", "--out", str(tmp_path / "acme")) == f"{tmp_path}/acme/tenant.crt\n"
+    typo = cli("tenants", "cert", "acne", "--out", str(tmp_path / "acne"))
+    assert typo.code == 1 and "no certificate for tenant acne: there is no tenant acne" in typo.err
+    assert "sandloom tenants create acne" in typo.err and not (tmp_path / "acne").exists()
+    assert cli("tenants", "cert", "acne", "--force", "--out", str(tmp_path / "acne")).code == 0
+    fabric.stop()
+    offline = cli("tenants", "cert", "later", "--out", str(tmp_path / "later"))
+    assert offline.code == 0 and "whether there is a tenant later could not be asked" in offline.err
+
+
+def test_a_reserve_that_leaves_nothing_is_refused(cli: Cli, tmp_path: Path) -> None:
+    ticket = jointokens.encode(Ticket("127.0.0.1:1", "id", "secret", "ca"))
+    done = cli("host", "join", ticket, "--name", "h2", "--memory-reserve", "900T", "--home", str(tmp_path / "h"))
+    assert done.code == 1 and "--memory-reserve leaves nothing for sandboxes: 943718400 MiB of" in done.err
 
 
 def test_what_is_no_token_is_said_so(cli: Cli, tmp_path: Path) -> None:

@@ -179,6 +179,15 @@ def test_share_is_read_by_a_newcomer(fabric: FakeFabric, cli: Cli) -> None:
     assert cli.ok("share", "-o", "name") == "one\ntwo\n"
 
 
+def test_share_says_what_is_not_in_it(fabric: FakeFabric, cli: Cli) -> None:
+    fabric.ledger = sandboxes_pb2.SharingLedger(lost_hosts=["loom"])
+    done = cli("share")
+    assert (done.code, done.out) == (1, "") and "nothing can be measured: LOST: loom" in done.err
+    fabric.ledger.hosts.add(host="weft", mem_total_bytes=MIB)
+    done = cli("share")
+    assert done.code == 0 and "not in it, for they are LOST: loom" in done.err
+
+
 SHARE = """\
 SANDBOX  RESIDENT   PRIVATE   SHARED  WITH     SAVED  HOST
 one       180 MiB  80.0 MiB  100 MiB     1  50.0 MiB  loom

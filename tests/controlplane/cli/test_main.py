@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -127,7 +129,17 @@ def test_another_fabrics_certificate_is_refused(fabric: FakeFabric, cli: Cli, tm
     issue_tls(tmp_path / "other")
     done = cli("ps", "--tls-dir", str(tmp_path / "other"))
     assert done.code == 1
-    assert done.err.startswith("sandloom: the control plane does not answer: ")
+    assert done.err.startswith("sandloom: another fabric answers, or its certificate has run out: ")
+    shutil.copy(Home(cli.home).tls / "ca.crt", tmp_path / "other" / "ca.crt")  # now only our own is of another CA
+    done = cli("ps", "--tls-dir", str(tmp_path / "other"))
+    assert done.err.startswith("sandloom: the control plane closes the connection: ")
+    assert "use a certificate of this fabric's own CA" in done.err
+
+
+def test_version_is_an_option_too(cli: Cli) -> None:
+    assert cli.ok("--version") == cli.ok("version")
+    assert "--version" in cli.ok("--help")
+    assert json.loads(cli.ok("--version", "-o", "json"))["api"] == "sandloom.v1"
 
 
 def test_a_tenants_certificate_is_found_too(tmp_path: Path) -> None:

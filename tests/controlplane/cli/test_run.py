@@ -6,7 +6,7 @@ import threading
 
 import pytest
 
-from controlplane.api.status import Condition, Failure
+from controlplane.api.status import Condition, Failure, FieldProblem
 from controlplane.api.v1 import sandboxes_pb2
 from controlplane.cli.attachment import STRIKES
 from tests.controlplane.cli.conftest import Cli
@@ -53,6 +53,16 @@ def test_one_that_went_with_its_host_is_not_said_to_be_removed(fabric: FakeFabri
     assert done.code == 125
     assert "box was lost with its host: host loom is LOST: its lease ran out" in done.err
     assert "was removed" not in done.err
+
+
+def test_a_field_at_fault_is_named_as_its_option(fabric: FakeFabric, cli: Cli) -> None:
+    problem = FieldProblem("spec.resources.cpu_milli", "1000 CPUs are above 64, the most there are")
+    fabric.failing["CreateSandbox"] = Failure(
+        Condition.INVALID, "InvalidArgument", f"{problem.field}: {problem.problem}", fields=(problem,)
+    )
+    done = cli("run", "--cpus", "1000", "debian", "--", "true")
+    assert done.code == 125
+    assert done.err.startswith("sandloom: cannot run debian: --cpus: 1000 CPUs are above 64, the most there are")
 
 
 def test_what_cannot_be_run_is_127_and_named(fabric: FakeFabric, cli: Cli) -> None:
