@@ -118,7 +118,10 @@ class Checkpoints:
             while True:
                 await asyncio.sleep(TEND_S)
                 self.tend()
-                await self.drop_ephemeral()
+                try:
+                    await self.drop_ephemeral()
+                except (CacheError, OSError) as error:
+                    log.warning("a fork's checkpoint cannot be removed now: %s", error)
         finally:
             for key in list(self._open):
                 self._close(key)
@@ -205,14 +208,16 @@ class Checkpoints:
             return stored
 
     async def remove(self, key: str) -> None:
-        """Forgets it; sandboxes restored from it live on. Idempotent."""
+        """Forgets it; sandboxes restored from it live on. Idempotent. It is known until nothing of it is left, so that
+        what fails on the way (CacheError, OSError) is done by the next call."""
         async with self._locks.setdefault(key, asyncio.Lock()):
-            known = self._known.pop(key, None)
+            known = self._known.get(key)
             if known is None:
                 return
             self._close(key)
             await asyncio.to_thread(self._store.unpin, PIN_PREFIX + key)
             await asyncio.to_thread(self._store.remove, known.stored.key)
+            del self._known[key]
         self._locks.pop(key, None)
 
     # Using.

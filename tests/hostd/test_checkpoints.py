@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 from collections.abc import AsyncIterator
 from dataclasses import replace
 from pathlib import Path
@@ -235,6 +236,33 @@ async def test_a_forks_checkpoint_goes_by_itself_once_its_forks_run(host: Host) 
     await checkpoints.drop_ephemeral()
     assert [each.about.name for each in checkpoints.all()] == ["kept"]
     assert fork.record.phase is Phase.RUNNING
+
+
+async def test_one_that_could_not_be_removed_stays_known_and_goes_next_time(
+    host: Host, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else its blob would be nobody's until hostd is restarted; and hostd's own task for that would end."""
+    sandbox, checkpoints = await running(host), host.sandboxes.checkpoints
+    await sandbox.checkpoint(Wanted("c-1", "fork", ephemeral=True))
+    checkpoints._now_s = lambda: 1e12
+    monkeypatch.setattr("hostd.checkpoints.TEND_S", 0.001)
+    tries, remove = 0, host.store.remove
+
+    def fails_twice(key: str) -> bool:
+        nonlocal tries
+        tries += 1
+        if tries < 3:
+            raise OSError(errno.EIO, "input/output error")
+        return remove(key)
+
+    monkeypatch.setattr(host.store, "remove", fails_twice)
+    with pytest.raises(OSError):
+        await checkpoints.remove("c-1")
+    assert [each.about.id for each in checkpoints.all()] == ["c-1"]
+    tending = asyncio.create_task(checkpoints.run())
+    await until(lambda: checkpoints.all() == [])
+    assert tries == 3 and ObjectKind.CHECKPOINT not in kinds(host)
+    tending.cancel()
 
 
 async def test_removing_one_waits_for_who_is_being_restored_from_it(host: Host) -> None:
