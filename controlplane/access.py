@@ -25,7 +25,8 @@ TABLE: Mapping[str, frozenset[Role]] = {
     **_all(
         "Sandboxes", USERS, "CreateSandbox", "GetSandbox", "ListSandboxes", "WatchSandboxes", "ResizeSandbox",
         "ParkSandbox", "UnparkSandbox", "StopSandbox", "DeleteSandbox", "AttachSandbox", "ExecSandbox", "GetLogs",
-        "GetSharingLedger", "WatchEvents", "ListUsage", "ExplainSandbox",
+        "GetSharingLedger", "WatchEvents", "ListUsage", "ExplainSandbox", "SetServices",
+        "GetServiceUsage",
     ),
     **_all("Images", USERS, "ImportImage", "PullImage", "GetImage", "ListImages", "DeleteImage"),
     **_all("Pools", USERS, "CreatePool", "GetPool", "ListPools", "ResizePool", "DeletePool"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from controlplane.api.servicechange import ServiceChange
 from controlplane.model import PoolSpec, SandboxSpec, SandboxStatus
 
 
@@ -54,6 +55,14 @@ class ResizeWish:
     memory_mib: int = 0
     memory_min_mib: int = 0
     cpu_milli: int = 0
+    etag: str = ""
+
+
+@dataclass(frozen=True)
+class ServiceWish:
+    """SetServices; an empty etag matches everything."""
+
+    change: ServiceChange
     etag: str = ""
 
 

@@ -20,7 +20,7 @@ from controlplane.images import Images
 from controlplane.leadership import Leadership, OnlyOne
 from controlplane.model import Checkpoint, DesiredState, Sandbox
 from controlplane.records import Records, Stored
-from controlplane.requests import Creation, ResizeWish
+from controlplane.requests import Creation, ResizeWish, ServiceWish
 from controlplane.store.contract import Put, Store
 from controlplane.tenants import Tenants
 from controlplane.view import View
@@ -66,15 +66,22 @@ class Sandboxes:
         """New target sizes. See ResizeSandbox."""
 
         def change(sandbox: Sandbox) -> Sandbox:
-            if wish.etag and wish.etag != transitions.etag(sandbox):
-                text = f"sandbox {name} has changed since etag {wish.etag}: read it again"
-                raise Conflict("EtagMismatch", text, etag=transitions.etag(sandbox))
+            _require_etag(sandbox, wish.etag)
             after = transitions.resized(sandbox, wish)
             self._creator.require_quota(after)
             self._require_room(sandbox, after)
             return after
 
         return await self._change(tenant, name, change, "ResizeAsked", _told_sizes, counted=True)
+
+    async def set_services(self, tenant: str, name: str, wish: ServiceWish) -> Sandbox:
+        """Other rules, or a tool that denies. See SetServices."""
+
+        def change(sandbox: Sandbox) -> Sandbox:
+            _require_etag(sandbox, wish.etag)
+            return transitions.served_otherwise(sandbox, wish)
+
+        return await self._change(tenant, name, change, "ServicesAsked", _told_services)
 
     def _require_room(self, before: Sandbox, after: Sandbox) -> None:
         """HostsFull when the host cannot guarantee the larger minimum."""
@@ -157,6 +164,18 @@ class Sandboxes:
         except Conflict:
             return False
         return True
+
+
+def _require_etag(sandbox: Sandbox, etag: str) -> None:
+    if etag and etag != transitions.etag(sandbox):
+        text = f"sandbox {sandbox.name} has changed since etag {etag}: read it again"
+        raise Conflict("EtagMismatch", text, etag=transitions.etag(sandbox))
+
+
+def _told_services(sandbox: Sandbox) -> str:
+    policy = sandbox.spec.services
+    answers = ", ".join(f"{service.value}: {policy.now(service).value}" for service, _ in policy.answered)
+    return f"{answers}; {len(policy.allow)} rules"
 
 
 def _told_sizes(sandbox: Sandbox) -> str:

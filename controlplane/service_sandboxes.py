@@ -102,6 +102,12 @@ class SandboxesService(StreamMethods, sandboxes_pb2_grpc.SandboxesServicer):
                 async for told in changes:
                     yield news.render_told(told)
 
+    async def SetServices(self, request: sandboxes_pb2.SetServicesRequest, context: Context) -> sandboxes_pb2.Sandbox:
+        """See sandboxes.proto."""
+        async with self._gate.admit(context) as caller:
+            name, wish = edge.parse_name(request.name), edge.parse_service_wish(request)
+            return edge.render_sandbox(await self._sandboxes.set_services(caller.tenant, name, wish))
+
     async def ResizeSandbox(
         self, request: sandboxes_pb2.ResizeSandboxRequest, context: Context
     ) -> sandboxes_pb2.Sandbox:

@@ -18,6 +18,7 @@ from controlplane.view import View
 
 FIRST_MESSAGE_S = 30.0
 LEDGER_DEADLINE_S = 25.0
+USAGE_DEADLINE_S = 10.0
 MAX_STDIN_BYTES = 64 << 10
 Inputs = AsyncIterator[sandboxes_pb2.StreamInput]
 Outputs = AsyncIterator[sandboxes_pb2.StreamOutput]
@@ -86,6 +87,17 @@ class StreamMethods:
             async with aclosing(answers(stub.Logs(asked), place.host.name)) as outputs:
                 async for output in outputs:
                     yield output
+
+    async def GetServiceUsage(
+        self, request: sandboxes_pb2.GetServiceUsageRequest, context: Context
+    ) -> sandboxes_pb2.ServiceUsage:
+        """See sandboxes.proto."""
+        async with self._gate.admit(context) as caller:
+            place = await self._streams.locator.running(caller.tenant, edge.parse_name(request.name))
+            stub = await self._streams.links.stub(place.host)
+            asked = sandboxes_pb2.GetServiceUsageRequest(name=place.sandbox.uid)
+            usage: sandboxes_pb2.ServiceUsage = await answer(stub.Services, asked, place.host.name, USAGE_DEADLINE_S)
+            return usage
 
     async def GetSharingLedger(
         self, request: sandboxes_pb2.GetSharingLedgerRequest, context: Context

@@ -6,9 +6,11 @@ import hashlib
 from dataclasses import replace
 
 from controlplane import codec, lifecycle
+from controlplane.api.errors import PolicyError
+from controlplane.api.servicechange import changed
 from controlplane.errors import Invalid, Precondition
 from controlplane.model import DesiredState, Phase, Resize, ResizeState, Resources, Sandbox, SandboxStatus
-from controlplane.requests import Report, ResizeWish
+from controlplane.requests import Report, ResizeWish, ServiceWish
 
 STOPPED_EXIT_CODE = 137
 """What hostd, too, gives to a sandbox that was stopped before its command ran."""
@@ -70,6 +72,20 @@ def facing(sandbox: Sandbox, host: str) -> Sandbox | None:
     if sandbox.leaving == host:
         return replace(sandbox, host=host, epoch=sandbox.leaving_epoch, desired=DesiredState.STOPPED)
     return None
+
+
+def served_otherwise(sandbox: Sandbox, wish: ServiceWish) -> Sandbox:
+    """With its services changed. Precondition, which names what cannot change, or when it has ended."""
+    if sandbox.status.phase in lifecycle.ENDED or sandbox.desired is not DesiredState.RUNNING:
+        raise Precondition(
+            "SandboxEnded", f"sandbox {sandbox.name} is {_state(sandbox)}: only a live one's services can change",
+            sandbox=sandbox.name, phase=sandbox.status.phase.value,
+        )  # fmt: skip
+    try:
+        services = changed(sandbox.spec.services, wish.change)
+    except PolicyError as error:
+        raise Precondition("ServiceFixed", f"sandbox {sandbox.name}: {error}", sandbox=sandbox.name) from error
+    return replace(sandbox, spec=replace(sandbox.spec, services=services))
 
 
 def resized(sandbox: Sandbox, wish: ResizeWish) -> Sandbox:

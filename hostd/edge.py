@@ -15,6 +15,7 @@ from hostd.ledger import MemoryRow
 from hostd.lifecycle import Phase
 from hostd.resize import ResizeProgress, ResizeState
 from hostd.sandboxes import Report
+from hostd.services.account import ServiceUsage
 from hostd.spec import Allowed, DesiredState, Network, ProcessSpec, Resources, SandboxClass, SandboxSpec
 from sharedcache.images import ImageRecord
 
@@ -161,6 +162,19 @@ def render_refusal(error: InvalidSpec, epoch: int) -> sandboxes_pb2.SandboxStatu
     """The status of an assignment that can never run here."""
     return sandboxes_pb2.SandboxStatus(
         phase=sandboxes_pb2.FAILED, reason=error.reason, message=str(error), observed_epoch=epoch
+    )
+
+
+def render_service_usage(usage: ServiceUsage) -> sandboxes_pb2.ServiceUsage:
+    """What a sandbox's services did."""
+    return sandboxes_pb2.ServiceUsage(
+        bytes_out=usage.bytes_out,
+        bytes_in=usage.bytes_in,
+        connections=usage.connections,
+        open_connections=usage.open_connections,
+        datagrams=usage.datagrams,
+        decisions=dict(usage.decisions),
+        published=usage.published,
     )
 
 

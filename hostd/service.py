@@ -16,6 +16,7 @@ import psutil
 from controlplane.api.v1 import hosts_pb2, hosts_pb2_grpc, images_pb2, sandboxes_pb2
 from hostd import edge, ledger, pulls, streams, uploads
 from hostd.drivers.contract import Region
+from hostd.errors import NotRunning
 from hostd.images import domain_of
 from hostd.peers import Offers
 from hostd.sandboxes import Sandboxes
@@ -101,6 +102,18 @@ class Runtime(hosts_pb2_grpc.HostRuntimeServicer):
             await asyncio.to_thread(store.collect)
         self._changed()
         return hosts_pb2.ForgetImageResponse()
+
+    async def Services(
+        self, request: sandboxes_pb2.GetServiceUsageRequest, context: Context
+    ) -> sandboxes_pb2.ServiceUsage:
+        """See hosts.proto."""
+        async with translated(context):
+            sandbox = self._sandboxes.find(request.name)
+            usage = sandbox.running().engine.service_usage()
+            if usage is None:
+                text = f"sandbox {sandbox.spec.name}: its own kernel answers all of its calls: nothing is counted"
+                raise NotRunning(text, reason="NoServices")
+            return edge.render_service_usage(usage)
 
     async def Ledger(
         self, request: sandboxes_pb2.GetSharingLedgerRequest, context: Context

@@ -14,6 +14,7 @@ import signal
 from collections.abc import Awaitable, Callable
 from typing import Any, Protocol
 
+from controlplane.api.services import ServicePolicy
 from hostd.drivers.contract import Engine, Exit, Loss, ProcessLink
 from hostd.errors import HostdError
 from hostd.journal import Outcome
@@ -63,6 +64,7 @@ class _Supervision:
         self._stop: asyncio.Task[None] | None = None
         self._stop_for = DesiredState.RUNNING
         self._resize: asyncio.Task[None] | None = None
+        self._services: ServicePolicy | None = None
         self._served: tuple[Resources, Grant] | None = None
 
     async def run(self) -> Outcome | None:
@@ -95,6 +97,9 @@ class _Supervision:
             self._stop_for = spec.desired
             grace_s = spec.stop_grace_s if spec.desired is DesiredState.STOPPED else 0.0
             self._stop = self._tasks.spawn(stop(self._main, grace_s), "stop")
+        if spec.services != self._services:
+            self._services = spec.services
+            self._engine.serve_as(spec.services)
         if (spec.resources, self._owner.grant) != self._served:
             former = self._resize
             # Also right after a start or an adoption: targets may have changed meanwhile. Setting them is idempotent.

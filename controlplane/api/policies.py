@@ -9,8 +9,10 @@ from __future__ import annotations
 from dataclasses import replace
 
 from controlplane.api.errors import PolicyError
+from controlplane.api.servicechange import ServiceChange
 from controlplane.api.services import (
     ALL_KERNEL,
+    SERVICE_NAMES,
     Answerer,
     Service,
     ServicePolicy,
@@ -65,7 +67,25 @@ def parse_policy(message: sandboxes_pb2.ServicePolicy, default: ServicePolicy = 
     rules = tuple(map(parse_allow, message.allow)) or policy.allow
     published = tuple(map(parse_publish, message.publish)) or policy.publish
     answerers = {service.value: _answerer(service, message, policy) for service in Service}
-    return ServicePolicy(**answerers, allow=rules, publish=published)
+    withdrawn = tuple(_service(name) for name in message.withdrawn) or policy.withdrawn
+    return ServicePolicy(**answerers, allow=rules, publish=published, withdrawn=withdrawn)
+
+
+def parse_change(message: sandboxes_pb2.ServicePolicy, *, replace_allow: bool) -> ServiceChange:
+    """What SetServices asks for. PolicyError."""
+    if message.publish:
+        raise PolicyError("published ports cannot change while it runs: create it anew with other ones")
+    if message.allow and not replace_allow:
+        raise PolicyError("rules are replaced, never added to: set replace_allow, and give all of them")
+    wished = [(service, getattr(message, service.value)) for service in Service]
+    answerers = tuple((one, _answerer(one, message, ALL_KERNEL)) for one, number in wished if number)
+    return ServiceChange(answerers, tuple(map(parse_allow, message.allow)) if replace_allow else None)
+
+
+def _service(name: str) -> Service:
+    if name not in SERVICE_NAMES:
+        raise PolicyError(f"{name!r} is no service that this version knows")
+    return Service(name)
 
 
 def _answerer(service: Service, message: sandboxes_pb2.ServicePolicy, default: ServicePolicy) -> Answerer:
@@ -87,6 +107,7 @@ def render_policy(policy: ServicePolicy) -> sandboxes_pb2.ServicePolicy:
         time=ANSWERERS[policy.time],
         sysview=ANSWERERS[policy.sysview],
         devices=ANSWERERS[policy.devices],
+        withdrawn=[service.value for service in policy.withdrawn],
         allow=[str(rule) for rule in policy.allow],
         publish=[str(port) for port in policy.publish],
     )

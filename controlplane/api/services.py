@@ -140,8 +140,12 @@ class ServicePolicy:
     devices: Answerer = Answerer.KERNEL
     allow: tuple[AllowRule, ...] = ()
     publish: tuple[Publish, ...] = ()
+    withdrawn: tuple[Service, ...] = ()
+    """Whose tool refuses everything since it was denied while the sandbox ran (controlplane/api/servicechange.py)."""
 
     def __post_init__(self) -> None:
+        if any(self.of(service) is not Answerer.TOOL for service in self.withdrawn):
+            raise PolicyError("only what a tool answers can be withdrawn from it")
         by_tool = self.sockets is Answerer.TOOL
         if not by_tool and (self.allow or self.publish):
             raise PolicyError("rules and published ports need sockets: tool")
@@ -160,6 +164,10 @@ class ServicePolicy:
         answerer = getattr(self, service.value)
         assert isinstance(answerer, Answerer)
         return answerer
+
+    def now(self, service: Service) -> Answerer:
+        """What its callers meet: a tool that was withdrawn denies."""
+        return Answerer.DENY if service in self.withdrawn else self.of(service)
 
     @property
     def answered(self) -> tuple[tuple[Service, Answerer], ...]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from google.protobuf.duration_pb2 import Duration
 
@@ -16,6 +17,7 @@ from controlplane.cli.connection import CALL_S, Fabric, calling
 from controlplane.cli.errors import EXIT_RUN_FAILED, CliError
 from controlplane.cli.output import Column, plain, render_json, render_yaml
 from controlplane.cli.run import GONE_S
+from controlplane.cli.servicecommands import usage_of
 
 Sandbox = sandboxes_pb2.Sandbox
 STOP_GRACE_S = 10.0
@@ -120,11 +122,24 @@ async def _found(fabric: Fabric, names: Sequence[str]) -> list[tuple[Sandbox, st
 
 
 def act_inspect(options: NamesOptions, shell: Shell) -> int:
-    found = shell.over(lambda fabric: _found(fabric, options.names))
-    values = [plain(sandbox) for sandbox, _ in found]
+    values = shell.over(lambda fabric: _looked_into(fabric, options.names, shell))
     render = render_yaml if options.form == "yaml" else render_json
     shell.printer.write(render(values[0] if len(values) == 1 else values))
     return 0
+
+
+async def _looked_into(fabric: Fabric, names: Sequence[str], shell: Shell) -> list[Any]:
+    """Each sandbox, and what its services did where its host can say."""
+    values = []
+    for sandbox, _ in await _found(fabric, names):
+        value: Any = plain(sandbox)
+        try:
+            usage = await usage_of(fabric, sandbox)
+        except CliError as error:
+            shell.say(str(error))
+            usage = None
+        values.append(value if usage is None else {**value, "service_usage": plain(usage)})
+    return values
 
 
 def act_stop(options: NamesOptions, shell: Shell) -> int:

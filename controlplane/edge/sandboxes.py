@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 from controlplane import lifecycle, transitions
 from controlplane.api.errors import PolicyError
 from controlplane.api.identity import NAME_PATTERN
-from controlplane.api.policies import parse_policy, render_policy, require_servable
+from controlplane.api.policies import parse_change, parse_policy, render_policy, require_servable
 from controlplane.api.services import ALL_KERNEL, ServicePolicy
 from controlplane.api.v1 import hosts_pb2, sandboxes_pb2
 from controlplane.edge.enums import (
@@ -40,7 +41,7 @@ from controlplane.model import (
     SandboxSpec,
     SandboxStatus,
 )
-from controlplane.requests import Creation, Report, ResizeWish
+from controlplane.requests import Creation, Report, ResizeWish, ServiceWish
 from controlplane.rules import NO_RULES
 
 MAX_MEMORY_MIB = 1 << 30
@@ -106,7 +107,7 @@ def parse_services(
 ) -> ServicePolicy:
     """Who answers; what the class cannot have answered so is refused by name."""
     try:
-        policy = parse_policy(message, default)
+        policy = replace(parse_policy(message, default), withdrawn=())
         require_servable(sandbox_class.value, policy, veth=veth)
     except PolicyError as error:
         raise Invalid("spec.services", str(error), reason="ServicePolicyInvalid") from error
@@ -183,6 +184,17 @@ def parse_resize(request: sandboxes_pb2.ResizeSandboxRequest) -> ResizeWish:
     if not (request.memory_mib or request.memory_min_mib or request.cpu_milli):
         raise Invalid("memory_mib", "nothing to change: give memory_mib, memory_min_mib or cpu_milli")
     return ResizeWish(request.memory_mib, request.memory_min_mib, request.cpu_milli, request.etag)
+
+
+def parse_service_wish(request: sandboxes_pb2.SetServicesRequest) -> ServiceWish:
+    """What SetServices asks for."""
+    try:
+        change = parse_change(request.services, replace_allow=request.replace_allow)
+    except PolicyError as error:
+        raise Invalid("services", str(error), reason="ServicePolicyInvalid") from error
+    if not change.answerers and change.allow is None:
+        raise Invalid("services", "nothing to change: name a service, or rules with replace_allow")
+    return ServiceWish(change, request.etag)
 
 
 def parse_grace_s(request: sandboxes_pb2.StopSandboxRequest) -> int:

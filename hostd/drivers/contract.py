@@ -11,8 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol
 
+from controlplane.api.services import ServicePolicy
 from hostd.journal import Handle
 from hostd.memory.values import MemoryEvent, MemoryNow, Resized
+from hostd.services.account import ServiceUsage
 from hostd.spec import Command, Resources, SandboxClass, SandboxSpec
 
 
@@ -135,6 +137,14 @@ class Engine(Protocol):
         why; the engine goes on towards them until the next resize. Never below the guarantee. Idempotent: it starts
         from what is there. One at a time: cancel the former, which undoes nothing. ControlLost when the engine does
         not take them."""
+        ...
+
+    def serve_as(self, policy: ServicePolicy) -> None:
+        """Goes by the policy's rules from now on; who answers what is as at the start. Idempotent."""
+        ...
+
+    def service_usage(self) -> ServiceUsage | None:
+        """What its services did since this engine was started or adopted; None when its kernel answers all."""
         ...
 
     def memory_events(self) -> AsyncIterator[MemoryEvent]:

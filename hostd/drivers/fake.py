@@ -17,6 +17,7 @@ from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from controlplane.api.services import ServicePolicy
 from controlplane.api.vcpus import vcpu_ceiling
 from hostd.drivers.contract import Driver, Engine, Exit, Loss, ProcessLink, Region, StartPlan
 from hostd.drivers.fakecheckpointing import FakeCheckpointing
@@ -28,6 +29,7 @@ from hostd.errors import AgentLost, CommandFailed, ControlLost, HostdError, Inva
 from hostd.journal import Handle
 from hostd.memory.events import MemoryEvents
 from hostd.memory.values import Mechanism, MemoryEvent, MemoryNow, Moved, Resized, ShortfallCause
+from hostd.services.account import ServiceUsage
 from hostd.spec import Command, MemoryShape, Resources, memory_shape
 
 FIRST_PID = 1 << 22
@@ -96,7 +98,13 @@ class FakeDriver:
                 checkpoint=checkpoint,
                 max_vcpus=vcpu_ceiling(resources.vcpus),
             )
-            machine = Machine(plan.spec.uid, handle, resources, asyncio.get_running_loop().create_future())
+            machine = Machine(
+                plan.spec.uid,
+                handle,
+                resources,
+                asyncio.get_running_loop().create_future(),
+                services=plan.spec.services,
+            )
             machine.actual_mib = shape.base_mib + shape.requested_mib(resources.memory_mib)
             self.machines[plan.spec.uid] = machine
             made(handle)
@@ -226,6 +234,14 @@ class FakeEngine:
         moved = (Moved(Mechanism.VIRTIO_MEM, moved_mib, loop.time() - machine.asked_at_s),) if moved_mib else ()
         vcpus = min(self.handle.ceiling_vcpus, resources.vcpus)
         return Resized(actual_mib, abs(wanted_mib - actual_mib), cause, moved, vcpus, cause.value if cause else "")
+
+    def serve_as(self, policy: ServicePolicy) -> None:
+        """See Engine.serve_as."""
+        self._machine.services = policy
+
+    def service_usage(self) -> ServiceUsage | None:
+        """See Engine.service_usage. Nothing flows in a fake."""
+        return ServiceUsage() if self._machine.services.answered else None
 
     def memory_events(self) -> AsyncIterator[MemoryEvent]:
         """See Engine.memory_events. Tests tell them by FakeDriver.tell_memory."""

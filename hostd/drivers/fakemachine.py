@@ -10,6 +10,7 @@ import itertools
 from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass, field
 
+from controlplane.api.services import ALL_KERNEL, ServicePolicy
 from hostd.drivers.contract import Exit, Loss, OutputPiece
 from hostd.drivers.fakeprograms import Killed, Program, Terminal
 from hostd.errors import AgentLost, InvalidSpec
@@ -57,6 +58,7 @@ class Machine:
     resources: Resources
     lost: asyncio.Future[Loss]
     processes: dict[int, FakeProcess] = field(default_factory=dict)
+    services: ServicePolicy = ALL_KERNEL
     actual_mib: int = 0
     used_mib: int = 0
     asked_at_s: float = 0.0

@@ -24,6 +24,19 @@ class Refusal:
         return f"{self.service}: {by}{self.syscall}({self.argument}): {self.rule}"
 
 
+@dataclass(frozen=True)
+class ServiceUsage:
+    """What a sandbox's services did: payload bytes, counts, decisions by "SERVICE: what", ports as they listen."""
+
+    bytes_out: int = 0
+    bytes_in: int = 0
+    connections: int = 0
+    open_connections: int = 0
+    datagrams: int = 0
+    decisions: tuple[tuple[str, int], ...] = ()
+    published: tuple[str, ...] = ()
+
+
 @dataclass
 class Account:
     """Counters of one sandbox; `tell` gets the refusals that the rate allows, the first of the others' number with it.
@@ -43,6 +56,10 @@ class Account:
     def decided(self, service: str, *, allowed: bool) -> None:
         """One more decision."""
         self.decisions[f"{service}: {'allowed' if allowed else 'refused'}"] += 1
+
+    def cut(self, service: str) -> None:
+        """A connection ended because the rules have changed."""
+        self.decisions[f"{service}: cut"] += 1
 
     def refused(self, refusal: Refusal, now_s: float) -> None:
         """Counts it, and tells it when that many may be told."""

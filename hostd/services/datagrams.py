@@ -20,6 +20,7 @@ from controlplane.api.services import (
     Answerer,
     IPAddress,
     Publish,
+    Service,
     Transport,
 )
 from guestagent import mux
@@ -74,6 +75,18 @@ class Datagrams:
         inside = Endpoint(mux.address(SANDBOX_V6 if family == socket.AF_INET6 else SANDBOX), port.port)
         self._published[inside] = self._watched(UdpSocket(handle, inside, published=True))
         return Publish(handle.getsockname()[1], port.port, port.transport, port.host_address)
+
+    def recheck(self) -> None:
+        """Other rules hold: who is not allowed by them any more may not answer either."""
+        for one in [*self._sockets.values(), *self._published.values()]:
+            for peer in list(one.peers):
+                if not self._may_stay(one, peer):
+                    del one.peers[peer]
+
+    def _may_stay(self, one: UdpSocket, peer: Endpoint) -> bool:
+        if one.published:
+            return self._reach.policy.now(Service.SOCKETS) is Answerer.TOOL
+        return self._reach.verdict(Transport.UDP, peer.address, peer.port, self._loop.time()).allowed
 
     def close(self) -> None:
         """Closes every socket. Idempotent."""
@@ -141,7 +154,7 @@ class Datagrams:
                     continue
                 return
             peer = Endpoint(sandbox_side(mux.address(sender[0])), sender[1])
-            if one.published:
+            if one.published and self._reach.policy.now(Service.SOCKETS) is Answerer.TOOL:
                 one.know(peer, sender[:2])
             elif peer not in one.peers:
                 continue

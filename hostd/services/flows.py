@@ -42,6 +42,7 @@ class Flow(asyncio.Protocol):
 
     def __init__(self, port: Port, flow_id: int, begun: Callable[[Flow], None]) -> None:
         self.id, self._port, self._begun = flow_id, port, begun
+        self.to: mux.Endpoint | None = None  # whom the sandbox asked for; None: a client of a published port
         self._transport: asyncio.Transport | None = None
         self._credit, self._owed = mux.WINDOW_BYTES, 0
         self._waiting = bytearray()

@@ -15,6 +15,7 @@ from controlplane.api.services import (
     AllowRule,
     Answerer,
     IPAddress,
+    Service,
     ServicePolicy,
     Transport,
     address_of,
@@ -50,7 +51,9 @@ class Reach:
     def verdict(self, transport: Transport, address: IPAddress, port: int, now_s: float) -> Verdict:
         """May the sandbox speak with `address`, `port`?"""
         address = address_of(str(address))
-        if self.policy.dns is Answerer.DENY and port in DNS_PORTS:
+        if self.policy.now(Service.SOCKETS) is Answerer.DENY:
+            return Verdict(False, "sockets: deny")
+        if self.policy.now(Service.DNS) is Answerer.DENY and port in DNS_PORTS:
             return Verdict(False, "dns: deny")
         for rule in self.policy.allow:
             if rule.has_port(transport, port) and (rule.has_address(address) or self._named(rule, address, now_s)):
@@ -65,6 +68,8 @@ class Reach:
 
     def may_resolve(self, name: str) -> Verdict:
         """May the sandbox ask for `name`? If a rule names it, or rules over addresses decide later."""
+        if Answerer.DENY in (self.policy.now(Service.SOCKETS), self.policy.now(Service.DNS)):
+            return Verdict(False, "dns: deny")
         for rule in self.policy.allow:
             if rule.has_name(name):
                 return Verdict(True, str(rule))

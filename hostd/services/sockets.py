@@ -22,7 +22,7 @@ from guestagent.errors import ProtocolError
 from guestagent.messages import Services
 from guestagent.mux import Endpoint, Frame, FrameReader, Type
 from hostd.errors import StartFailed
-from hostd.services.account import Account, Refusal
+from hostd.services.account import Account, Refusal, ServiceUsage
 from hostd.services.datagrams import Datagrams
 from hostd.services.flows import Flow
 from hostd.services.notified import answerers_of
@@ -94,9 +94,30 @@ class SocketsTool(asyncio.Protocol):
         self._write(self.nonce)
 
     def change(self, policy: ServicePolicy) -> None:
-        """Other rules from now on, for what is asked from now on."""
+        """Other rules from now on. What they do not allow is cut, whether it stands or is being dialled; the rest lives
+        on. Idempotent. What the agent was told (who answers) never changes: see controlplane/api/servicechange.py."""
         self.policy = policy
         self.reach.change(policy)
+        self._datagrams.recheck()
+        for flow in [*self._flows.values(), *self._joining.values()]:
+            if not self._may_stay(flow.to):
+                self.account.cut("sockets")
+                self.send(mux.encode(Type.RESET, flow.id))
+                flow.abort()
+
+    def _may_stay(self, to: Endpoint | None) -> bool:
+        """`to` is whom the sandbox dialled; None: it was dialled itself."""
+        if to is None:
+            return self.policy.now(Service.SOCKETS) is Answerer.TOOL
+        return self.reach.verdict(Transport.TCP, to.address, to.port, self._loop.time()).allowed
+
+    def usage(self) -> ServiceUsage:
+        """What it did since it started."""
+        counted = self.account
+        return ServiceUsage(
+            counted.bytes_out, counted.bytes_in, counted.connections, len(self._flows), counted.datagrams,
+            tuple(sorted(counted.decisions.items())), tuple(map(str, self.published)),
+        )  # fmt: skip
 
     async def aclose(self) -> None:
         """Ends everything. Idempotent."""
@@ -219,6 +240,12 @@ class SocketsTool(asyncio.Protocol):
         if self.lost.done():
             flow.abort()
             return
+        if not self._may_stay(to):  # the rules have changed meanwhile
+            flow.abort()
+            self.account.cut("sockets")
+            self.send(mux.encode_u32(Type.OPENED, flow_id, errno.EACCES))
+            return
+        flow.to = to
         self.account.connections += 1
         self._flows[flow_id] = flow
         self.send(mux.encode_u32(Type.OPENED, flow_id, 0))
@@ -243,7 +270,8 @@ class SocketsTool(asyncio.Protocol):
     def _join(self, flow: Flow, port: Publish) -> None:
         transport = flow.transport
         peer = transport.get_extra_info("peername")
-        if flow.id == 0 or peer is None or self._transport is None or not self._reader.synced:
+        serves = self._transport is not None and self._reader.synced and self._may_stay(None)
+        if flow.id == 0 or peer is None or not serves:
             flow.abort()
             return
         self._joining[flow.id] = flow

@@ -63,6 +63,8 @@ class FakeHost(hosts_pb2_grpc.HostRuntimeServicer):
         self.offers: list[hosts_pb2.OfferImageRequest] = []
         self.logs_asked: list[sandboxes_pb2.GetLogsRequest] = []
         self.ledger = sandboxes_pb2.SharingLedger()
+        self.service_usage = sandboxes_pb2.ServiceUsage()
+        self.usage_asked: list[str] = []
         self.checkpoints = FakeHostCheckpoints()
         self.memory_mib = 8192
         self.limits: dict[str, int] = {}
@@ -178,6 +180,10 @@ class FakeHost(hosts_pb2_grpc.HostRuntimeServicer):
     async def ForgetImage(self, request: hosts_pb2.ForgetImageRequest, context: Any) -> hosts_pb2.ForgetImageResponse:
         self.forgotten.append((request.tenant, request.digest))
         return hosts_pb2.ForgetImageResponse()
+
+    async def Services(self, request: sandboxes_pb2.GetServiceUsageRequest, context: Any) -> sandboxes_pb2.ServiceUsage:
+        self.usage_asked.append(request.name)
+        return self.service_usage
 
     async def Ledger(self, request: sandboxes_pb2.GetSharingLedgerRequest, context: Any) -> sandboxes_pb2.SharingLedger:
         return self.ledger

@@ -5,11 +5,13 @@ from __future__ import annotations
 import ipaddress
 from pathlib import Path
 
+import grpc.aio
 import pytest
 
 from controlplane import codec, config
 from controlplane.api.errors import PolicyError
 from controlplane.api.policies import ANSWERERS, parse_policy, render_policy, require_servable
+from controlplane.api.servicechange import ServiceChange, changed
 from controlplane.api.services import (
     ALL_KERNEL,
     AllowRule,
@@ -21,10 +23,12 @@ from controlplane.api.services import (
     parse_allow,
     parse_publish,
 )
+from controlplane.api.status import Condition, parse_error
 from controlplane.api.v1 import sandboxes_pb2
 from controlplane.edge.sandboxes import parse_services
 from controlplane.errors import ConfigError, Invalid
 from controlplane.model import SandboxClass
+from tests.controlplane.conftest import Plane
 
 RULES = (
     "tcp:10.0.0.0/8:443", "udp:1.1.1.1:53-54", "tcp:*:*", "tcp:[2001:db8::/32]:80", "tcp:*.example.org:80",
@@ -170,3 +174,84 @@ def test_tenants_defaults_come_from_the_configuration() -> None:
 def test_a_default_that_cannot_be_read_names_the_tenant(keys: object) -> None:
     with pytest.raises(ConfigError, match=r"here: services\.acme"):
         config.parse({**BASE, "services": {"acme": keys}}, "here", Path())
+
+
+# Live change.
+
+
+def test_what_began_as_a_tool_can_deny_and_serve_again() -> None:
+    deny = ServiceChange(((Service.SOCKETS, Answerer.DENY),))
+    denied = changed(TOOL, deny)
+    assert (denied.sockets, denied.now(Service.SOCKETS)) == (Answerer.TOOL, Answerer.DENY)
+    assert changed(denied, deny) == denied
+    assert parse_policy(render_policy(denied)) == denied
+    assert codec.decode(ServicePolicy, codec.encode(denied), "here") == denied
+    assert changed(denied, ServiceChange(((Service.SOCKETS, Answerer.TOOL),))) == TOOL
+    rules = (parse_allow("tcp:10.9.0.0/16:80"),)
+    assert changed(denied, ServiceChange(allow=rules)).allow == rules
+    assert changed(TOOL, ServiceChange(allow=())).allow == ()
+
+
+@pytest.mark.parametrize(
+    ("policy", "service", "answerer", "why"),
+    [
+        (TOOL, Service.SOCKETS, Answerer.KERNEL, "no network"),
+        (ALL_KERNEL, Service.SOCKETS, Answerer.TOOL, "sockets: kernel cannot become tool.*began as kernel"),
+        (ServicePolicy(sockets=Answerer.DENY), Service.SOCKETS, Answerer.TOOL, "began as deny"),
+        (TOOL, Service.TIME, Answerer.TOOL, "only sockets and dns can change"),
+    ],
+)
+def test_what_cannot_change_while_it_runs_is_refused_by_name(
+    policy: ServicePolicy, service: Service, answerer: Answerer, why: str
+) -> None:
+    with pytest.raises(PolicyError, match=why):
+        changed(policy, ServiceChange(((service, answerer),)))
+    with pytest.raises(PolicyError, match="rules need sockets: tool"):
+        changed(ALL_KERNEL, ServiceChange(allow=(parse_allow("tcp:*:*"),)))
+    with pytest.raises(PolicyError, match="only what a tool answers"):
+        ServicePolicy(withdrawn=(Service.SOCKETS,))
+
+
+async def test_services_change_through_the_api_and_reach_the_host(plane: Plane) -> None:
+    host, client = await plane.host(), await plane.client()
+    await client.import_image()
+    spec = sandboxes_pb2.SandboxSpec(
+        image="base",
+        resources=sandboxes_pb2.Resources(memory_min_mib=256, memory_max_mib=256),
+        process=sandboxes_pb2.Process(argv=("sleep", "1")),
+        services=render_policy(TOOL),
+    )
+    spec.services.withdrawn.append("sockets")  # output only: it is not looked at
+    box = await client.sandboxes.CreateSandbox(sandboxes_pb2.CreateSandboxRequest(name="box", spec=spec))
+    assert not box.spec.services.withdrawn
+    await host.until(lambda: box.uid in host.assigned)
+    await host.tell(box.uid, sandboxes_pb2.RUNNING)
+    asked = sandboxes_pb2.SetServicesRequest(
+        name="box", services=sandboxes_pb2.ServicePolicy(sockets=sandboxes_pb2.ANSWER_DENY)
+    )
+    for _ in range(2):  # idempotent
+        after = await client.sandboxes.SetServices(asked)
+        assert list(after.spec.services.withdrawn) == ["sockets"]
+    await host.until(lambda: list(host.assigned[box.uid].spec.services.withdrawn) == ["sockets"])
+    assert host.assigned[box.uid].assignment == box.assignment
+    host.service_usage.bytes_out = 7
+    usage = await client.sandboxes.GetServiceUsage(sandboxes_pb2.GetServiceUsageRequest(name="box"))
+    assert usage.bytes_out == 7 and host.usage_asked == [box.uid]
+    for wish, condition, said in (
+        (
+            sandboxes_pb2.ServicePolicy(sockets=sandboxes_pb2.ANSWER_KERNEL),
+            Condition.PRECONDITION,
+            "sockets: deny cannot become kernel",
+        ),
+        (sandboxes_pb2.ServicePolicy(publish=["80:80"]), Condition.INVALID, "published ports"),
+        (sandboxes_pb2.ServicePolicy(allow=["tcp:*:*"]), Condition.INVALID, "replace_allow"),
+        (sandboxes_pb2.ServicePolicy(), Condition.INVALID, "nothing to change"),
+    ):
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await client.sandboxes.SetServices(sandboxes_pb2.SetServicesRequest(name="box", services=wish))
+        failure = parse_error(caught.value)
+        assert failure.condition is condition and said in failure.message
+    stale = sandboxes_pb2.SetServicesRequest(name="box", replace_allow=True, etag="old")
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await client.sandboxes.SetServices(stale)
+    assert parse_error(caught.value).reason == "EtagMismatch"

@@ -10,13 +10,14 @@ import asyncio
 import os
 import shutil
 import textwrap
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import cast
 
 import pytest
 
-from controlplane.api.services import GATEWAY, GATEWAY_V6, Answerer, ServicePolicy
+from controlplane.api.services import GATEWAY, GATEWAY_V6, Answerer, Service, ServicePolicy
 from hostd.errors import StartFailed
 from hostd.services.sockets import services_of
 from tests.guestagent.servicesagent import ServedAgent, served, tool_policy
@@ -320,6 +321,40 @@ async def test_other_answerers_than_those_in_force_are_refused(sockets: ServedAg
     await sockets.run("/bin/true")
     with pytest.raises(StartFailed, match="under another policy already"):
         await sockets.link.services(services_of(ServicePolicy(), bytes(16)))
+
+
+async def test_other_rules_cut_what_they_do_not_allow_and_nothing_else(sockets: ServedAgent, world: World) -> None:
+    tool = sockets.tool
+    assert tool is not None
+    began = tool.policy
+    running = asyncio.create_task(
+        python(
+            sockets, world, """
+            a, b = socket.create_connection((G, P["echo"]), 90), socket.create_connection((G, P["swallow"]), 90)
+            a.sendall(b"x"); a.recv(1)
+            print(no(lambda: b.recv(1)))
+            a.sendall(b"y"); print(a.recv(1).decode(), no(lambda: socket.create_connection((G, P["give"]), 90)))
+            a.sendall(b"z"); a.recv(1)
+            print(no(lambda: a.recv(1)), no(lambda: socket.create_connection((G, P["echo"]), 90)))
+            """)
+    )  # fmt: skip
+
+    async def seen(condition: Callable[[], bool]) -> None:
+        async with asyncio.timeout(90):
+            while not condition():  # noqa: ASYNC110 - the tool tells nobody
+                await asyncio.sleep(0.01)
+
+    await seen(lambda: tool.account.connections == 2 and tool.account.bytes_in == 1)
+    port = world.ports["echo"]
+    tool.change(replace(began, allow=tuple(rule for rule in began.allow if rule.low_port == port)))
+    await seen(lambda: tool.account.bytes_in == 3)
+    tool.change(replace(began, withdrawn=(Service.SOCKETS,)))
+    assert (await running).split() == ["ECONNRESET", "y", "EHOSTUNREACH", "ECONNRESET", "EHOSTUNREACH"]
+    tool.change(began)
+    assert await python(sockets, world, "print(no(lambda: socket.create_connection((G, P['echo']), 90)))") == "fine"
+    usage = tool.usage()
+    assert dict(usage.decisions) == {"sockets: allowed": 3, "sockets: cut": 2, "sockets: refused": 2}
+    assert (usage.connections, usage.bytes_out, usage.bytes_in) == (3, 3, 3)
 
 
 async def test_a_policy_of_the_kernels_own_filters_nothing(sanitized_agent: Path, tmp_path: Path) -> None:

@@ -848,6 +848,11 @@ class HostRuntimeStub:
                 request_serializer=controlplane_dot_api_dot_v1_dot_sandboxes__pb2.UnparkSandboxRequest.SerializeToString,
                 response_deserializer=controlplane_dot_api_dot_v1_dot_hosts__pb2.UnparkResponse.FromString,
                 _registered_method=True)
+        self.Services = channel.unary_unary(
+                '/sandloom.v1.HostRuntime/Services',
+                request_serializer=controlplane_dot_api_dot_v1_dot_sandboxes__pb2.GetServiceUsageRequest.SerializeToString,
+                response_deserializer=controlplane_dot_api_dot_v1_dot_sandboxes__pb2.ServiceUsage.FromString,
+                _registered_method=True)
         self.Ledger = channel.unary_unary(
                 '/sandloom.v1.HostRuntime/Ledger',
                 request_serializer=controlplane_dot_api_dot_v1_dot_sandboxes__pb2.GetSharingLedgerRequest.SerializeToString,
@@ -922,6 +927,13 @@ class HostRuntimeServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Services(self, request, context):
+        """As Sandboxes.GetServiceUsage, for a sandbox on this host; name is the uid. Read only.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Ledger(self, request, context):
         """Read only. This host's part of the ledger.
         """
@@ -976,6 +988,11 @@ def add_HostRuntimeServicer_to_server(servicer, server):
                     servicer.Unpark,
                     request_deserializer=controlplane_dot_api_dot_v1_dot_sandboxes__pb2.UnparkSandboxRequest.FromString,
                     response_serializer=controlplane_dot_api_dot_v1_dot_hosts__pb2.UnparkResponse.SerializeToString,
+            ),
+            'Services': grpc.unary_unary_rpc_method_handler(
+                    servicer.Services,
+                    request_deserializer=controlplane_dot_api_dot_v1_dot_sandboxes__pb2.GetServiceUsageRequest.FromString,
+                    response_serializer=controlplane_dot_api_dot_v1_dot_sandboxes__pb2.ServiceUsage.SerializeToString,
             ),
             'Ledger': grpc.unary_unary_rpc_method_handler(
                     servicer.Ledger,
@@ -1226,6 +1243,33 @@ class HostRuntime:
             '/sandloom.v1.HostRuntime/Unpark',
             controlplane_dot_api_dot_v1_dot_sandboxes__pb2.UnparkSandboxRequest.SerializeToString,
             controlplane_dot_api_dot_v1_dot_hosts__pb2.UnparkResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Services(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/sandloom.v1.HostRuntime/Services',
+            controlplane_dot_api_dot_v1_dot_sandboxes__pb2.GetServiceUsageRequest.SerializeToString,
+            controlplane_dot_api_dot_v1_dot_sandboxes__pb2.ServiceUsage.FromString,
             options,
             channel_credentials,
             insecure,

@@ -358,6 +358,8 @@ class HostRuntimeStub:
     """As Sandboxes.ParkSandbox, for a sandbox on this host; name is the uid. Returns when it is parked."""
     Unpark: _grpc.UnaryUnaryMultiCallable[_sandboxes_pb2.UnparkSandboxRequest, _hosts_pb2.UnparkResponse]
     """As Sandboxes.UnparkSandbox. Returns when it runs."""
+    Services: _grpc.UnaryUnaryMultiCallable[_sandboxes_pb2.GetServiceUsageRequest, _sandboxes_pb2.ServiceUsage]
+    """As Sandboxes.GetServiceUsage, for a sandbox on this host; name is the uid. Read only."""
     Ledger: _grpc.UnaryUnaryMultiCallable[_sandboxes_pb2.GetSharingLedgerRequest, _sandboxes_pb2.SharingLedger]
     """Read only. This host's part of the ledger."""
 
@@ -384,6 +386,8 @@ class HostRuntimeAsyncStub(HostRuntimeStub):
     """As Sandboxes.ParkSandbox, for a sandbox on this host; name is the uid. Returns when it is parked."""
     Unpark: _aio.UnaryUnaryMultiCallable[_sandboxes_pb2.UnparkSandboxRequest, _hosts_pb2.UnparkResponse]  # type: ignore[assignment]
     """As Sandboxes.UnparkSandbox. Returns when it runs."""
+    Services: _aio.UnaryUnaryMultiCallable[_sandboxes_pb2.GetServiceUsageRequest, _sandboxes_pb2.ServiceUsage]  # type: ignore[assignment]
+    """As Sandboxes.GetServiceUsage, for a sandbox on this host; name is the uid. Read only."""
     Ledger: _aio.UnaryUnaryMultiCallable[_sandboxes_pb2.GetSharingLedgerRequest, _sandboxes_pb2.SharingLedger]  # type: ignore[assignment]
     """Read only. This host's part of the ledger."""
 
@@ -461,6 +465,14 @@ class HostRuntimeServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_hosts_pb2.UnparkResponse, _abc.Awaitable[_hosts_pb2.UnparkResponse]]:
         """As Sandboxes.UnparkSandbox. Returns when it runs."""
+
+    @_abc_1.abstractmethod
+    def Services(
+        self,
+        request: _sandboxes_pb2.GetServiceUsageRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_sandboxes_pb2.ServiceUsage, _abc.Awaitable[_sandboxes_pb2.ServiceUsage]]:
+        """As Sandboxes.GetServiceUsage, for a sandbox on this host; name is the uid. Read only."""
 
     @_abc_1.abstractmethod
     def Ledger(

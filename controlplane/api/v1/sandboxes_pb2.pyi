@@ -315,6 +315,7 @@ class ServicePolicy(_message.Message):
     DEVICES_FIELD_NUMBER: _builtins.int
     ALLOW_FIELD_NUMBER: _builtins.int
     PUBLISH_FIELD_NUMBER: _builtins.int
+    WITHDRAWN_FIELD_NUMBER: _builtins.int
     sockets: Global___Answerer.ValueType
     dns: Global___Answerer.ValueType
     files: Global___Answerer.ValueType
@@ -330,6 +331,10 @@ class ServicePolicy(_message.Message):
     def publish(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """[ADDRESS:]HOST_PORT:PORT[/udp]"""
 
+    @_builtins.property
+    def withdrawn(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """output only: services whose tool denies everything since SetServices said so"""
+
     def __init__(
         self,
         *,
@@ -342,10 +347,11 @@ class ServicePolicy(_message.Message):
         devices: Global___Answerer.ValueType = ...,
         allow: _abc.Iterable[_builtins.str] | None = ...,
         publish: _abc.Iterable[_builtins.str] | None = ...,
+        withdrawn: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["allow", b"allow", "devices", b"devices", "dns", b"dns", "files", b"files", "publish", b"publish", "secrets", b"secrets", "sockets", b"sockets", "sysview", b"sysview", "time", b"time"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["allow", b"allow", "devices", b"devices", "dns", b"dns", "files", b"files", "publish", b"publish", "secrets", b"secrets", "sockets", b"sockets", "sysview", b"sysview", "time", b"time", "withdrawn", b"withdrawn"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -991,6 +997,122 @@ class ResizeSandboxRequest(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___ResizeSandboxRequest: _TypeAlias = ResizeSandboxRequest  # noqa: Y015
+
+@_typing.final
+class SetServicesRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    SERVICES_FIELD_NUMBER: _builtins.int
+    REPLACE_ALLOW_FIELD_NUMBER: _builtins.int
+    ETAG_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    replace_allow: _builtins.bool
+    """services.allow is all the rules there are from now on"""
+    etag: _builtins.str
+    @_builtins.property
+    def services(self) -> Global___ServicePolicy:
+        """what is unspecified stays; no publish"""
+
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        services: Global___ServicePolicy | None = ...,
+        replace_allow: _builtins.bool = ...,
+        etag: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["services", b"services"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["etag", b"etag", "name", b"name", "replace_allow", b"replace_allow", "services", b"services"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SetServicesRequest: _TypeAlias = SetServicesRequest  # noqa: Y015
+
+@_typing.final
+class GetServiceUsageRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["name", b"name"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetServiceUsageRequest: _TypeAlias = GetServiceUsageRequest  # noqa: Y015
+
+@_typing.final
+class ServiceUsage(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    @_typing.final
+    class DecisionsEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.int
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.int = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    BYTES_OUT_FIELD_NUMBER: _builtins.int
+    BYTES_IN_FIELD_NUMBER: _builtins.int
+    CONNECTIONS_FIELD_NUMBER: _builtins.int
+    OPEN_CONNECTIONS_FIELD_NUMBER: _builtins.int
+    DATAGRAMS_FIELD_NUMBER: _builtins.int
+    DECISIONS_FIELD_NUMBER: _builtins.int
+    PUBLISHED_FIELD_NUMBER: _builtins.int
+    bytes_out: _builtins.int
+    """payload, by the sandbox"""
+    bytes_in: _builtins.int
+    """payload, to it"""
+    connections: _builtins.int
+    open_connections: _builtins.int
+    datagrams: _builtins.int
+    @_builtins.property
+    def decisions(self) -> _containers.ScalarMap[_builtins.str, _builtins.int]:
+        """"sockets: allowed", "sockets: refused", "sockets: cut", "dns: ..." """
+
+    @_builtins.property
+    def published(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """as they are listened for"""
+
+    def __init__(
+        self,
+        *,
+        bytes_out: _builtins.int = ...,
+        bytes_in: _builtins.int = ...,
+        connections: _builtins.int = ...,
+        open_connections: _builtins.int = ...,
+        datagrams: _builtins.int = ...,
+        decisions: _abc.Mapping[_builtins.str, _builtins.int] | None = ...,
+        published: _abc.Iterable[_builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bytes_in", b"bytes_in", "bytes_out", b"bytes_out", "connections", b"connections", "datagrams", b"datagrams", "decisions", b"decisions", "open_connections", b"open_connections", "published", b"published"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ServiceUsage: _TypeAlias = ServiceUsage  # noqa: Y015
 
 @_typing.final
 class ParkSandboxRequest(_message.Message):

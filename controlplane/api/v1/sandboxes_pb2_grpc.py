@@ -59,6 +59,16 @@ class SandboxesStub:
                 request_serializer=controlplane_dot_api_dot_v1_dot_sandboxes__pb2.ResizeSandboxRequest.SerializeToString,
                 response_deserializer=controlplane_dot_api_dot_v1_dot_sandboxes__pb2.Sandbox.FromString,
                 _registered_method=True)
+        self.SetServices = channel.unary_unary(
+                '/sandloom.v1.Sandboxes/SetServices',
+                request_serializer=controlplane_dot_api_dot_v1_dot_sandboxes__pb2.SetServicesRequest.SerializeToString,
+                response_deserializer=controlplane_dot_api_dot_v1_dot_sandboxes__pb2.Sandbox.FromString,
+                _registered_method=True)
+        self.GetServiceUsage = channel.unary_unary(
+                '/sandloom.v1.Sandboxes/GetServiceUsage',
+                request_serializer=controlplane_dot_api_dot_v1_dot_sandboxes__pb2.GetServiceUsageRequest.SerializeToString,
+                response_deserializer=controlplane_dot_api_dot_v1_dot_sandboxes__pb2.ServiceUsage.FromString,
+                _registered_method=True)
         self.ParkSandbox = channel.unary_unary(
                 '/sandloom.v1.Sandboxes/ParkSandbox',
                 request_serializer=controlplane_dot_api_dot_v1_dot_sandboxes__pb2.ParkSandboxRequest.SerializeToString,
@@ -156,6 +166,26 @@ class SandboxesServicer:
         Afterwards: spec.resources is the new desired value; status.resize tells how far the host got.
         Errors: FAILED_PRECONDITION (ended, or above the ceiling), INVALID_ARGUMENT, ABORTED (etag), RESOURCE_EXHAUSTED;
         the details' `limit` names what is in the way: max, vcpus, quota or host-capacity.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def SetServices(self, request, context):
+        """Changes who answers a live sandbox's services, as far as that is sound: the rules of sockets: tool (replaced as a
+        whole, with replace_allow), and sockets or dns from tool to deny and back. Idempotent (sets a target).
+        Afterwards: spec.services is the new target (what is denied so is named in `withdrawn`); within moments its host goes
+        by it for what is asked from then on, and cuts connections that it does not allow. Others live on.
+        Errors: FAILED_PRECONDITION (ended; ServiceFixed: what cannot change while it runs, by name), INVALID_ARGUMENT,
+        ABORTED (etag).
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def GetServiceUsage(self, request, context):
+        """Read only. What a running sandbox's services did since its host's hostd took it over, asked of that host.
+        Errors: FAILED_PRECONDITION (not running; NoServices: its kernel answers all), UNAVAILABLE (its host).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -276,6 +306,16 @@ def add_SandboxesServicer_to_server(servicer, server):
                     servicer.ResizeSandbox,
                     request_deserializer=controlplane_dot_api_dot_v1_dot_sandboxes__pb2.ResizeSandboxRequest.FromString,
                     response_serializer=controlplane_dot_api_dot_v1_dot_sandboxes__pb2.Sandbox.SerializeToString,
+            ),
+            'SetServices': grpc.unary_unary_rpc_method_handler(
+                    servicer.SetServices,
+                    request_deserializer=controlplane_dot_api_dot_v1_dot_sandboxes__pb2.SetServicesRequest.FromString,
+                    response_serializer=controlplane_dot_api_dot_v1_dot_sandboxes__pb2.Sandbox.SerializeToString,
+            ),
+            'GetServiceUsage': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetServiceUsage,
+                    request_deserializer=controlplane_dot_api_dot_v1_dot_sandboxes__pb2.GetServiceUsageRequest.FromString,
+                    response_serializer=controlplane_dot_api_dot_v1_dot_sandboxes__pb2.ServiceUsage.SerializeToString,
             ),
             'ParkSandbox': grpc.unary_unary_rpc_method_handler(
                     servicer.ParkSandbox,
@@ -468,6 +508,60 @@ class Sandboxes:
             '/sandloom.v1.Sandboxes/ResizeSandbox',
             controlplane_dot_api_dot_v1_dot_sandboxes__pb2.ResizeSandboxRequest.SerializeToString,
             controlplane_dot_api_dot_v1_dot_sandboxes__pb2.Sandbox.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def SetServices(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/sandloom.v1.Sandboxes/SetServices',
+            controlplane_dot_api_dot_v1_dot_sandboxes__pb2.SetServicesRequest.SerializeToString,
+            controlplane_dot_api_dot_v1_dot_sandboxes__pb2.Sandbox.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetServiceUsage(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/sandloom.v1.Sandboxes/GetServiceUsage',
+            controlplane_dot_api_dot_v1_dot_sandboxes__pb2.GetServiceUsageRequest.SerializeToString,
+            controlplane_dot_api_dot_v1_dot_sandboxes__pb2.ServiceUsage.FromString,
             options,
             channel_credentials,
             insecure,

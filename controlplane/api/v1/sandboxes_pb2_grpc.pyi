@@ -56,6 +56,18 @@ class SandboxesStub:
     Errors: FAILED_PRECONDITION (ended, or above the ceiling), INVALID_ARGUMENT, ABORTED (etag), RESOURCE_EXHAUSTED;
     the details' `limit` names what is in the way: max, vcpus, quota or host-capacity.
     """
+    SetServices: _grpc.UnaryUnaryMultiCallable[_sandboxes_pb2.SetServicesRequest, _sandboxes_pb2.Sandbox]
+    """Changes who answers a live sandbox's services, as far as that is sound: the rules of sockets: tool (replaced as a
+    whole, with replace_allow), and sockets or dns from tool to deny and back. Idempotent (sets a target).
+    Afterwards: spec.services is the new target (what is denied so is named in `withdrawn`); within moments its host goes
+    by it for what is asked from then on, and cuts connections that it does not allow. Others live on.
+    Errors: FAILED_PRECONDITION (ended; ServiceFixed: what cannot change while it runs, by name), INVALID_ARGUMENT,
+    ABORTED (etag).
+    """
+    GetServiceUsage: _grpc.UnaryUnaryMultiCallable[_sandboxes_pb2.GetServiceUsageRequest, _sandboxes_pb2.ServiceUsage]
+    """Read only. What a running sandbox's services did since its host's hostd took it over, asked of that host.
+    Errors: FAILED_PRECONDITION (not running; NoServices: its kernel answers all), UNAVAILABLE (its host).
+    """
     ParkSandbox: _grpc.UnaryUnaryMultiCallable[_sandboxes_pb2.ParkSandboxRequest, _sandboxes_pb2.Sandbox]
     """Writes a running guest-kernel sandbox to its host's disk and lets go of its memory and CPU. Idempotent.
     Afterwards: its phase is PARKED; name, uid, log and files stay. An exec, attach, resize or UnparkSandbox goes on.
@@ -120,6 +132,18 @@ class SandboxesAsyncStub(SandboxesStub):
     Afterwards: spec.resources is the new desired value; status.resize tells how far the host got.
     Errors: FAILED_PRECONDITION (ended, or above the ceiling), INVALID_ARGUMENT, ABORTED (etag), RESOURCE_EXHAUSTED;
     the details' `limit` names what is in the way: max, vcpus, quota or host-capacity.
+    """
+    SetServices: _aio.UnaryUnaryMultiCallable[_sandboxes_pb2.SetServicesRequest, _sandboxes_pb2.Sandbox]  # type: ignore[assignment]
+    """Changes who answers a live sandbox's services, as far as that is sound: the rules of sockets: tool (replaced as a
+    whole, with replace_allow), and sockets or dns from tool to deny and back. Idempotent (sets a target).
+    Afterwards: spec.services is the new target (what is denied so is named in `withdrawn`); within moments its host goes
+    by it for what is asked from then on, and cuts connections that it does not allow. Others live on.
+    Errors: FAILED_PRECONDITION (ended; ServiceFixed: what cannot change while it runs, by name), INVALID_ARGUMENT,
+    ABORTED (etag).
+    """
+    GetServiceUsage: _aio.UnaryUnaryMultiCallable[_sandboxes_pb2.GetServiceUsageRequest, _sandboxes_pb2.ServiceUsage]  # type: ignore[assignment]
+    """Read only. What a running sandbox's services did since its host's hostd took it over, asked of that host.
+    Errors: FAILED_PRECONDITION (not running; NoServices: its kernel answers all), UNAVAILABLE (its host).
     """
     ParkSandbox: _aio.UnaryUnaryMultiCallable[_sandboxes_pb2.ParkSandboxRequest, _sandboxes_pb2.Sandbox]  # type: ignore[assignment]
     """Writes a running guest-kernel sandbox to its host's disk and lets go of its memory and CPU. Idempotent.
@@ -212,6 +236,30 @@ class SandboxesServicer(metaclass=_abc_1.ABCMeta):
         Afterwards: spec.resources is the new desired value; status.resize tells how far the host got.
         Errors: FAILED_PRECONDITION (ended, or above the ceiling), INVALID_ARGUMENT, ABORTED (etag), RESOURCE_EXHAUSTED;
         the details' `limit` names what is in the way: max, vcpus, quota or host-capacity.
+        """
+
+    @_abc_1.abstractmethod
+    def SetServices(
+        self,
+        request: _sandboxes_pb2.SetServicesRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_sandboxes_pb2.Sandbox, _abc.Awaitable[_sandboxes_pb2.Sandbox]]:
+        """Changes who answers a live sandbox's services, as far as that is sound: the rules of sockets: tool (replaced as a
+        whole, with replace_allow), and sockets or dns from tool to deny and back. Idempotent (sets a target).
+        Afterwards: spec.services is the new target (what is denied so is named in `withdrawn`); within moments its host goes
+        by it for what is asked from then on, and cuts connections that it does not allow. Others live on.
+        Errors: FAILED_PRECONDITION (ended; ServiceFixed: what cannot change while it runs, by name), INVALID_ARGUMENT,
+        ABORTED (etag).
+        """
+
+    @_abc_1.abstractmethod
+    def GetServiceUsage(
+        self,
+        request: _sandboxes_pb2.GetServiceUsageRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_sandboxes_pb2.ServiceUsage, _abc.Awaitable[_sandboxes_pb2.ServiceUsage]]:
+        """Read only. What a running sandbox's services did since its host's hostd took it over, asked of that host.
+        Errors: FAILED_PRECONDITION (not running; NoServices: its kernel answers all), UNAVAILABLE (its host).
         """
 
     @_abc_1.abstractmethod

@@ -16,6 +16,7 @@ import signal
 from collections.abc import AsyncIterator
 from dataclasses import replace
 
+from controlplane.api.services import ServicePolicy
 from guestagent.errors import GuestRefused
 from guestagent.messages import MAIN_PROC, StartProcess
 from hostd.agentlink import AgentLink
@@ -46,6 +47,8 @@ from hostd.memory.events import MemoryEvents
 from hostd.memory.values import Mechanism, MemoryEvent, MemoryEventKind, MemoryNow, Resized
 from hostd.memory.waiting import wait_for_target
 from hostd.process import WatchedProcess
+from hostd.services.account import ServiceUsage
+from hostd.services.sockets import SocketsTool
 from hostd.spec import Command, Resources
 from hostd.tasks import OwnedTasks
 
@@ -293,6 +296,20 @@ class OciEngine:
         return await wait_for_target(
             self.memory, resources.memory_mib, before_mib, deadline_s, resources.vcpus, Mechanism.CGROUP
         )
+
+    @property
+    def tool(self) -> SocketsTool | None:
+        """What serves its services, if anything does."""
+        return self.supervisor.tool if self.supervisor is not None else None
+
+    def serve_as(self, policy: ServicePolicy) -> None:
+        """See Engine.serve_as."""
+        if self.tool is not None:
+            self.tool.change(policy)
+
+    def service_usage(self) -> ServiceUsage | None:
+        """See Engine.service_usage."""
+        return self.tool.usage() if self.tool is not None else None
 
     def memory_events(self) -> AsyncIterator[MemoryEvent]:
         """See Engine.memory_events. A cgroup's counter of kills is looked at while somebody listens."""

@@ -11,6 +11,7 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from typing import Any
 
+from controlplane.api.services import ServicePolicy
 from guestagent.errors import BadRequest
 from guestagent.messages import MAIN_PROC, GuestEvent, StartProcess
 from hostd.agentlink import AgentLink
@@ -28,6 +29,7 @@ from hostd.memory.events import MemoryEvents
 from hostd.memory.values import MemoryEvent, MemoryNow, Resized
 from hostd.process import WatchedProcess
 from hostd.regions import regions_of
+from hostd.services.account import ServiceUsage
 from hostd.services.sockets import SocketsTool
 from hostd.spec import Command, Resources
 from hostd.turnstile import Turnstile
@@ -133,6 +135,15 @@ class QemuEngine:
                 raise ControlLost(str(error)) from error
             self._limits = limits
         return await self._resizing.to(resources, deadline_s)
+
+    def serve_as(self, policy: ServicePolicy) -> None:
+        """See Engine.serve_as."""
+        if self.tool is not None:
+            self.tool.change(policy)
+
+    def service_usage(self) -> ServiceUsage | None:
+        """See Engine.service_usage."""
+        return self.tool.usage() if self.tool is not None else None
 
     def memory_events(self) -> AsyncIterator[MemoryEvent]:
         """See Engine.memory_events. Who listened before hears no more."""

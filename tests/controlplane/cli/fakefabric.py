@@ -35,6 +35,7 @@ from controlplane.ca import Authority
 from tests.controlplane.cli.fakecheckpoints import FakeCheckpoints
 from tests.controlplane.cli.fakehosts import FakeHosts
 from tests.controlplane.cli.fakepools import FakePools
+from tests.controlplane.cli.fakeservices import FakeServices
 from tests.controlplane.cli.faketenants import FakeTenants, acting_for
 
 Output = sandboxes_pb2.StreamOutput
@@ -113,8 +114,8 @@ def fail(context: grpc.ServicerContext, condition: Condition, reason: str, messa
 
 
 class FakeFabric(
-    FakePools, FakeHosts, FakeTenants, sandboxes_pb2_grpc.SandboxesServicer, images_pb2_grpc.ImagesServicer,
-    hosts_pb2_grpc.HostSyncServicer,
+    FakePools, FakeHosts, FakeTenants, FakeServices, sandboxes_pb2_grpc.SandboxesServicer,
+    images_pb2_grpc.ImagesServicer, hosts_pb2_grpc.HostSyncServicer,
 ):  # fmt: skip
     """See the module. Tests read and set its public fields."""
 
@@ -246,6 +247,8 @@ class FakeFabric(
         at = int(request.page_token or 0)
         token = str(at + 2) if at + 2 < len(self.usage) else ""
         return sandboxes_pb2.ListUsageResponse(usage=self.usage[at : at + 2], next_page_token=token)
+
+    refuse = staticmethod(fail)
 
     def ResizeSandbox(self, request: Any, context: Any) -> sandboxes_pb2.Sandbox:
         self._called("ResizeSandbox", request, context)
