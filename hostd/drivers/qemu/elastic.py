@@ -28,7 +28,7 @@ ELASTIC_DEVICE = "vmem0"
 BALLOON_DEADLINE_S = 5.0
 SETTLE_S = 0.1
 PLUG_POLL_S, PLUG_STILL_S = 0.01, 3.0
-"""virtio-mem is given up for now when nothing has moved for PLUG_STILL_S; a guest tries again by itself."""
+"""virtio-mem is given up for now when nothing has moved for PLUG_STILL_S; a guest tries again when it is asked anew."""
 
 
 @dataclass(frozen=True)
@@ -139,7 +139,7 @@ class GuestMemory:
         """Carries a step out, as far as it goes; `accepted` is called when it is under way. ControlLost."""
         self._known = None
         if step.mechanism is Mechanism.VIRTIO_MEM:
-            self._unplugging = step.mib < now.plugged_mib
+            await self._ask_anew(step.mib, now.plugged_mib)
             await self._control.request_elastic_mib(step.mib)
             accepted()
             return await self._until_plugged(step.mib, now)
@@ -183,6 +183,14 @@ class GuestMemory:
             again = await self._set_balloon(now.ballooned_mib, now)
             return Did(did.moved_mib, again.silent, again.problem)
         return did
+
+    async def _ask_anew(self, mib: int, plugged_mib: int) -> None:
+        """A guest that could not unplug all it was asked for lets that be for 50 s, then for up to 5 minutes (the
+        kernel's virtio_mem.c, VIRTIO_MEM_RETRY_TIMER_*), and the same request once more is no news to it: so it is told
+        of another one before."""
+        if self._unplugging and mib < plugged_mib:
+            await self._control.request_elastic_mib(plugged_mib)
+        self._unplugging = mib < plugged_mib
 
     async def _stop_unplugging(self) -> None:
         """A guest that goes on trying to unplug may move a block between telling of it and its being punched."""
