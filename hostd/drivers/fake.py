@@ -245,7 +245,10 @@ class FakeEngine:
 
     def memory_events(self) -> AsyncIterator[MemoryEvent]:
         """See Engine.memory_events. Tests tell them by FakeDriver.tell_memory."""
+        self._machine.memory_events.close()  # an engine's before this one, perhaps
         self._events = self._machine.memory_events = MemoryEvents()
+        if self._machine.lost.done():
+            self._events.close()
         return self._events()
 
     def _follows(self) -> bool:

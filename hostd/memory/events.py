@@ -12,12 +12,14 @@ KEPT_EVENTS = 64
 
 
 class MemoryEvents:
-    """A bounded queue for Engine.memory_events. tell() and close() never wait."""
+    """A bounded queue for Engine.memory_events. tell() and close() never wait. Each call makes another listener, which
+    hears what is told from then on; the one before hears no more, and its iteration ends."""
 
     def __init__(self) -> None:
         self._kept: deque[MemoryEvent] = deque(maxlen=KEPT_EVENTS)
         self._changed = asyncio.Event()
         self._closed = False
+        self._turn = 0  # the number of the listener that hears
 
     def tell(self, event: MemoryEvent) -> None:
         """Takes an event; of more than KEPT_EVENTS the oldest are forgotten."""
@@ -29,10 +31,17 @@ class MemoryEvents:
         self._closed = True
         self._changed.set()
 
-    async def __call__(self) -> AsyncIterator[MemoryEvent]:
-        while True:
-            while self._kept:
+    def __call__(self) -> AsyncIterator[MemoryEvent]:
+        self._kept.clear()
+        self._turn += 1
+        self._changed.set()
+        return self._heard(self._turn)
+
+    async def _heard(self, turn: int) -> AsyncIterator[MemoryEvent]:
+        while turn == self._turn:
+            if self._kept:
                 yield self._kept.popleft()
+                continue
             if self._closed:
                 return
             self._changed.clear()

@@ -319,8 +319,11 @@ class DriverSuite:
         main = await engine.spawn(command(rig.programs.say), main=True)
         assert await collect(main) == (b"out", b"err", Exit(7))
         assert rig.left(plan) != []
-        listening = asyncio.ensure_future(anext(engine.memory_events(), None))
+        replaced = asyncio.ensure_future(anext(engine.memory_events(), None))
         await asyncio.sleep(0)
+        listening = asyncio.ensure_future(anext(engine.memory_events(), None))
+        assert await asyncio.wait_for(replaced, DEADLINE_S) is None  # another consumer has come
+        assert not listening.done()
         await engine.detach()
         assert await asyncio.wait_for(listening, DEADLINE_S) is None  # who let go hears nothing any more
         await engine.detach()  # idempotent

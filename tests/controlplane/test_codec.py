@@ -11,7 +11,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from controlplane import codec
-from controlplane.api.services import MAX_PORT, AllowRule, Answerer, Publish, ServicePolicy, Transport
+from controlplane.api.services import (
+    MAX_PORT,
+    AllowRule,
+    Answerer,
+    Publish,
+    ServicePolicy,
+    Transport,
+    parse_allow,
+    parse_publish,
+)
 from controlplane.errors import BadState
 from controlplane.model import Event, Host, Image, Residency, Resources, Sandbox, SandboxSpec
 from controlplane.requests import UsedRequest
@@ -21,10 +30,27 @@ texts = st.text(max_size=8)
 st.register_type_strategy(float, st.floats(allow_nan=False, allow_infinity=False))
 st.register_type_strategy(str, texts)
 ports = st.integers(1, MAX_PORT)
-rules = st.builds(
-    AllowRule, st.sampled_from(Transport), network=st.sampled_from(("", "10.0.0.0/8", "fd00::/8")), low_port=ports
-)
-published = st.builds(Publish, ports, ports, st.sampled_from(Transport))
+transports = st.sampled_from(Transport)
+targets = st.sampled_from(("", "10.0.0.0/8", "192.0.2.7/32", "fd00::/8")).map(lambda network: {"network": network})
+names = st.sampled_from(("example.org", "*.debian.org", "a-b.c.test")).map(lambda name: {"name": name})
+ranges = st.tuples(st.integers(0, MAX_PORT), st.integers(0, MAX_PORT)).map(sorted)
+
+
+def rules_of(where: st.SearchStrategy[dict[str, str]]) -> st.SearchStrategy[AllowRule]:
+    return st.builds(
+        lambda transport, target, ends: AllowRule(transport, **target, low_port=ends[0], high_port=ends[1]),
+        transports, where, ranges,
+    )  # fmt: skip
+
+
+published = st.lists(
+    st.builds(
+        Publish, st.integers(0, MAX_PORT), ports, transports,
+        st.sampled_from(("127.0.0.1", "0.0.0.0", "::1", "192.0.2.1")),
+    ),
+    max_size=4,
+    unique_by=lambda port: (port.transport, port.host_address, port.host_port),
+).map(tuple)  # fmt: skip
 answerers = st.sampled_from(Answerer)
 st.register_type_strategy(
     ServicePolicy,
@@ -33,8 +59,15 @@ st.register_type_strategy(
         ServicePolicy,
         sockets=st.just(Answerer.TOOL),
         dns=answerers,
-        allow=st.lists(rules, max_size=3).map(tuple),
-        publish=st.lists(published, max_size=1).map(tuple),
+        allow=st.lists(rules_of(targets), max_size=3).map(tuple),
+        publish=published,
+    )
+    | st.builds(  # rules by name need the names' tool
+        ServicePolicy,
+        sockets=st.just(Answerer.TOOL),
+        dns=st.just(Answerer.TOOL),
+        allow=st.lists(rules_of(targets | names), max_size=3).map(tuple),
+        publish=published,
     ),
 )
 KINDS: tuple[type[Any], ...] = (Sandbox, Image, Host, Residency, Event, UsedRequest)
@@ -50,6 +83,14 @@ def test_every_value_comes_back_as_it_was(value: Any) -> None:
         assert codec.encode(value) == codec.encode(replace(value, revision=8))  # it is not part of what is stored
     else:
         assert codec.decode(type(value), codec.encode(value), "key") == value
+
+
+@few
+@given(st.from_type(ServicePolicy))
+def test_a_policy_s_rules_and_ports_are_read_as_they_are_written(policy: ServicePolicy) -> None:
+    """In the store a policy is its fields; in the API and on the command line it is these texts."""
+    assert tuple(parse_allow(str(rule)) for rule in policy.allow) == policy.allow
+    assert tuple(parse_publish(str(port)) for port in policy.publish) == policy.publish
 
 
 BOX = Sandbox("box", "u1", "default", SandboxSpec("base", Resources(1, 2, 1, 1000)), 1.5, 1)

@@ -146,9 +146,7 @@ class QemuEngine:
         return self.tool.usage() if self.tool is not None else None
 
     def memory_events(self) -> AsyncIterator[MemoryEvent]:
-        """See Engine.memory_events. Who listened before hears no more."""
-        self._memory_events.close()
-        self._memory_events = MemoryEvents()
+        """See Engine.memory_events."""
         return self._memory_events()
 
     def _heard(self, event: GuestEvent) -> None:
