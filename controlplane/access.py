@@ -23,9 +23,9 @@ def _all(service: str, roles: frozenset[Role], *methods: str) -> dict[str, froze
 
 TABLE: Mapping[str, frozenset[Role]] = {
     **_all(
-        "Sandboxes", USERS, "CreateSandbox", "GetSandbox", "ListSandboxes", "WatchSandboxes", "ResizeSandbox",
-        "ParkSandbox", "UnparkSandbox", "StopSandbox", "DeleteSandbox", "AttachSandbox", "ExecSandbox", "GetLogs",
-        "GetSharingLedger", "WatchEvents", "ListUsage", "ExplainSandbox", "SetServices",
+        "Sandboxes", USERS, "CreateSandbox", "CreateSandboxes", "GetSandbox", "ListSandboxes", "WatchSandboxes",
+        "ResizeSandbox", "ParkSandbox", "UnparkSandbox", "StopSandbox", "DeleteSandbox", "AttachSandbox", "ExecSandbox",
+        "GetLogs", "GetSharingLedger", "WatchEvents", "ListUsage", "ExplainSandbox", "SetServices",
         "GetServiceUsage",
     ),
     **_all("Images", USERS, "ImportImage", "PullImage", "GetImage", "ListImages", "DeleteImage"),

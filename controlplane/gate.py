@@ -94,8 +94,7 @@ class Gate:
         except DecodeError:  # of a later message of a stream
             await _refuse_garbled(context)
         except TimeoutError:
-            text = "it took longer than it may: read what became of it, then retry"
-            await abort(context, Failure(Condition.DEADLINE, "DeadlineExceeded", text))
+            await abort(context, late())
         except asyncio.CancelledError:
             if not task.cancelling():  # not this call was cancelled but one it made: grpc.aio cut that off
                 await abort(context, _cut_off().failure())
@@ -243,6 +242,12 @@ def _stopping() -> Unavailable:
 
 def _cut_off() -> Unavailable:
     return Unavailable("CutOff", "a connection that this needs broke: read what became of it, then retry")
+
+
+def late() -> Failure:
+    """What is told of something that took too long."""
+    text = "it took longer than it may: read what became of it, then retry"
+    return Failure(Condition.DEADLINE, "DeadlineExceeded", text)
 
 
 def failure_of(error: ControlPlaneError, *, operator: bool = False) -> Failure:

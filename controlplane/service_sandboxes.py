@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Mapping
 from contextlib import aclosing
 
 from controlplane import keys, lifecycle, watching
 from controlplane.api.services import ALL_KERNEL, ServicePolicy
+from controlplane.api.status import to_status
 from controlplane.api.v1 import sandboxes_pb2, sandboxes_pb2_grpc
 from controlplane.edge import news
 from controlplane.edge import sandboxes as edge
 from controlplane.edge.rules import parse_most, render_explanation
-from controlplane.errors import Invalid
+from controlplane.errors import Invalid, OperationError
 from controlplane.events import EventLog
 from controlplane.explaining import for_tenant
-from controlplane.gate import Caller, Context, Gate
+from controlplane.gate import Caller, Context, Gate, failure_of, late
 from controlplane.listing import list_page
 from controlplane.model import Event, Sandbox
 from controlplane.parking import Parking
@@ -51,6 +53,24 @@ class SandboxesService(StreamMethods, sandboxes_pb2_grpc.SandboxesServicer):
         async with self._gate.admit(context) as caller:
             asked = edge.parse_creation(request, self._services.get(caller.tenant, ALL_KERNEL))
             return edge.render_sandbox(await self._sandboxes.create(caller.tenant, asked))
+
+    async def CreateSandboxes(
+        self, request: sandboxes_pb2.CreateSandboxesRequest, context: Context
+    ) -> sandboxes_pb2.CreateSandboxesResponse:
+        """See sandboxes.proto."""
+        async with self._gate.admit(context) as caller:
+            edge.require_few(len(request.requests))
+            async with asyncio.TaskGroup() as group:
+                making = [group.create_task(self._outcome(caller.tenant, one)) for one in request.requests]
+            return sandboxes_pb2.CreateSandboxesResponse(outcomes=[one.result() for one in making])
+
+    async def _outcome(self, tenant: str, request: sandboxes_pb2.CreateSandboxRequest) -> sandboxes_pb2.CreateOutcome:
+        try:
+            asked = edge.parse_creation(request, self._services.get(tenant, ALL_KERNEL))
+            return sandboxes_pb2.CreateOutcome(sandbox=edge.render_sandbox(await self._sandboxes.create(tenant, asked)))
+        except (OperationError, TimeoutError) as error:
+            failure = late() if isinstance(error, TimeoutError) else failure_of(error)
+            return sandboxes_pb2.CreateOutcome(error=to_status(failure).SerializeToString())
 
     async def GetSandbox(self, request: sandboxes_pb2.GetSandboxRequest, context: Context) -> sandboxes_pb2.Sandbox:
         """See sandboxes.proto."""

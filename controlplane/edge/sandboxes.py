@@ -50,6 +50,7 @@ DEFAULT_CPU_MILLI = 1000
 MAX_WORDS, MAX_WORDS_BYTES = 1024, 128 << 10
 """Of a command, and of an environment: Linux gives 128 KiB to one string (MAX_ARG_STRLEN) and 2 MiB to all."""
 MAX_LABELS = 64
+MOST_AT_ONCE = 256
 MAX_PRIORITY, MAX_WEIGHT, DEFAULT_WEIGHT = 1000, 10_000, 100
 MAX_STATUS_CHARS = 4096
 DEFAULT_GRACE_S, MAX_GRACE_S = 10, 86_400
@@ -71,6 +72,12 @@ def parse_creation(request: sandboxes_pb2.CreateSandboxRequest, services: Servic
     if request.request_id and not REQUEST_ID.fullmatch(request.request_id):
         raise Invalid("request_id", f"it must match {REQUEST_ID.pattern}")
     return Creation(request.name, parse_spec(request.spec, services), request.request_id, request.validate_only)
+
+
+def require_few(requests: int) -> None:
+    """Whether so many may be created by one call."""
+    if not 0 < requests <= MOST_AT_ONCE:
+        raise Invalid("requests", f"{requests} requests: 1 to {MOST_AT_ONCE} may come in one call")
 
 
 def parse_spec(spec: sandboxes_pb2.SandboxSpec, services: ServicePolicy = ALL_KERNEL) -> SandboxSpec:

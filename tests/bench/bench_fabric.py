@@ -1,14 +1,16 @@
 """Durable creates on a real etcd of three members, against one-by-one puts and a bare echo; and a leader that dies.
 
-    creates_vs_puts     creates per second, many at once, over puts per second one after the other to the same etcd
-    creates_vs_echo     the same over calls per second of a bare grpc.aio echo, as many at once
+    creates_vs_puts     creates per second (CreateSandboxes, PACK in each call) over what one-by-one puts make: the five
+                        records of a create, put one after the other to the same etcd
+    creates_vs_echo     the same creates over calls per second of a bare grpc.aio echo, as many at once as there are
+                        creates under way
     killed_s, paused_s  from SIGKILL or SIGSTOP of the leading control plane until a create that another replica was
                         asked for after that is placed
 
-A create is a whole CreateSandbox over mTLS: parsed, admitted, placed among 1,000 hosts, and with five records in etcd
-on two of three disks when it is answered. A put is one record of a sandbox's size. All parties, the load included,
-share the machine's CPUs. Where the disk is quick (a put in 1 ms) creates are bounded by Python's CPU time, and the
-first ratio with them: its peer gets faster, and they do not.
+A create is parsed, admitted, placed among 1,000 hosts, and with five records in etcd on two of three disks when it is
+answered, over mTLS. Rows without a bar tell the rest: creates that come in a call each (CreateSandbox), single puts.
+All parties, the load included, share the machine's CPUs. Where the disk is quick creates are bounded by Python's CPU
+time, and the first ratio with them: its peer gets faster, and they do not.
 """
 
 from __future__ import annotations
@@ -42,10 +44,12 @@ from tests.etcdserver import Member, cluster
 ROUNDS, DEATHS = 3, 3
 HOSTS = 1_000
 PUTS, ECHOES, CREATES, ABREAST = 200, 4_000, 2_000, 256
-RECORD_BYTES = 900
+PACK = 64
+RECORDS_BYTES = (900, 50, 16, 400, 150)
+"""Of a create: the sandbox, its uid's pointer, its name's guard, the event, the used request."""
 FAILOVER_S = 60.0
 BARS = (("creates_vs_puts", 10.0), ("creates_vs_echo", 0.3))
-CREATE = "/sandloom.v1.Sandboxes/CreateSandbox"
+CREATE, CREATE_MANY = "/sandloom.v1.Sandboxes/CreateSandbox", "/sandloom.v1.Sandboxes/CreateSandboxes"
 MEMBER_FLAGS = ("--quota-backend-bytes", str(8 << 30), "--snapshot-count", "20000")
 
 
@@ -54,7 +58,9 @@ class Figures:
     """What was measured, a value a round."""
 
     puts: list[float] = field(default_factory=list)
+    creates_by_puts: list[float] = field(default_factory=list)
     echoes: list[float] = field(default_factory=list)
+    single: list[float] = field(default_factory=list)
     creates: list[float] = field(default_factory=list)
     killed_s: list[float] = field(default_factory=list)
     paused_s: list[float] = field(default_factory=list)
@@ -114,7 +120,7 @@ async def placed_s(stub: Any, name: str) -> float:
 
 async def throughput(folder: Path, access: EtcdAccess, certificates: Certificates, figures: Figures) -> None:
     """Puts, echoes and creates, one after the other in each round."""
-    link, value = EtcdLink(access), bytes(RECORD_BYTES)
+    link = EtcdLink(access)
     path = configuration(folder, "bench", access, certificates)
     async with AsyncExitStack() as stack:
         stack.push_async_callback(link.close)
@@ -122,19 +128,41 @@ async def throughput(folder: Path, access: EtcdAccess, certificates: Certificate
         _, echo_address = await stack.enter_async_context(ready_process("-m", "tests.bench.fabricload"))
         channel = await stack.enter_async_context(connect(address, certificates.of(Role.OPERATOR)))
         echo = (await stack.enter_async_context(grpc.aio.insecure_channel(echo_address))).unary_unary(ECHO, None, None)
-        create = channel.unary_unary(CREATE, None, None)
+        create, many = (channel.unary_unary(method, None, None) for method in (CREATE, CREATE_MANY))
         await placed_s(sandboxes_pb2_grpc.SandboxesStub(channel), "first")
         payload = wish("echo").SerializeToString()
 
-        async def put(number: int) -> None:
-            request = link.proto.PutRequest(key=b"bench/put/%d" % number, value=value)
+        async def put(number: int, size_bytes: int = RECORDS_BYTES[0]) -> None:
+            request = link.proto.PutRequest(key=b"bench/put/%d-%d" % (number, size_bytes), value=bytes(size_bytes))
             await link.call("KV", "Put", request, safe=True)
+
+        async def create_by_puts(number: int) -> None:
+            for size_bytes in RECORDS_BYTES:
+                await put(number, size_bytes)
 
         for number in range(ROUNDS):
             wishes = [wish(f"box-{number}-{i}").SerializeToString() for i in range(CREATES)]
+            packs = [packed(f"pack-{number}-{i}") for i in range(CREATES // PACK)]
             figures.puts.append(await at_once(PUTS, 1, put))
+            figures.creates_by_puts.append(await at_once(PUTS // len(RECORDS_BYTES), 1, create_by_puts))
             figures.echoes.append(await at_once(ECHOES, ABREAST, lambda _: echo(payload)))
-            figures.creates.append(await at_once(CREATES, ABREAST, lambda i, wishes=wishes: create(wishes[i])))  # type: ignore[misc]
+            figures.single.append(await at_once(CREATES, ABREAST, lambda i, wishes=wishes: create(wishes[i])))  # type: ignore[misc]
+            calls = await at_once(len(packs), ABREAST // PACK, lambda i, packs=packs: made(many, packs[i]))  # type: ignore[misc]
+            figures.creates.append(calls * PACK)
+
+
+def packed(name: str) -> bytes:
+    """A CreateSandboxes as a client sends it."""
+    wishes = [wish(f"{name}-{number}") for number in range(PACK)]
+    return sandboxes_pb2.CreateSandboxesRequest(requests=wishes).SerializeToString()
+
+
+async def made(many: Any, pack: bytes) -> None:
+    """One call, all of whose sandboxes were placed."""
+    answer = sandboxes_pb2.CreateSandboxesResponse.FromString(await many(pack))
+    phases = [outcome.sandbox.status.phase for outcome in answer.outcomes]
+    if phases != [sandboxes_pb2.SCHEDULED] * PACK:
+        raise CannotMeasure(f"not all of a call's {PACK} creates were made and placed: {phases}")
 
 
 async def failovers(folder: Path, store: EtcdStore, certificates: Certificates, figures: Figures) -> None:
@@ -177,12 +205,14 @@ async def measured(folder: Path) -> Figures:
 def body(report: Report) -> None:
     with tempfile.TemporaryDirectory(prefix="sandloom-bench-") as folder:
         figures = asyncio.run(measured(Path(folder)))
-    puts, echoes = Runs(tuple(figures.puts), "1/s"), Runs(tuple(figures.echoes), "1/s")
+    by_puts, echoes = Runs(tuple(figures.creates_by_puts), "1/s"), Runs(tuple(figures.echoes), "1/s")
     creates = Runs(tuple(figures.creates), "1/s")
-    report.row("peer: etcd, one put after the other", puts)
+    report.row("etcd, one put after the other", Runs(tuple(figures.puts), "1/s"))
+    report.row("peer: a create's records by one put after the other", by_puts)
     report.row(f"peer: bare grpc.aio echo, {ABREAST} at once", echoes)
-    report.row(f"creates, {ABREAST} at once", creates)
-    report.bar("creates_vs_puts", ratio(creates, puts), at_least=10.0, peer="etcd, one put after the other")
+    report.row(f"creates, {ABREAST} at once, one a call", Runs(tuple(figures.single), "1/s"))
+    report.row(f"creates, {ABREAST} at once, {PACK} a call", creates)
+    report.bar("creates_vs_puts", ratio(creates, by_puts), at_least=10.0, peer="a create's records, put by put")
     report.bar("creates_vs_echo", ratio(creates, echoes), at_least=0.3, peer="bare grpc.aio echo")
     report.bar("killed_s", Runs(tuple(figures.killed_s), "s"), at_most=3.0)
     report.bar("paused_s", Runs(tuple(figures.paused_s), "s"), at_most=3.0)

@@ -39,6 +39,11 @@ class SandboxesStub:
                 request_serializer=controlplane_dot_api_dot_v1_dot_sandboxes__pb2.CreateSandboxRequest.SerializeToString,
                 response_deserializer=controlplane_dot_api_dot_v1_dot_sandboxes__pb2.Sandbox.FromString,
                 _registered_method=True)
+        self.CreateSandboxes = channel.unary_unary(
+                '/sandloom.v1.Sandboxes/CreateSandboxes',
+                request_serializer=controlplane_dot_api_dot_v1_dot_sandboxes__pb2.CreateSandboxesRequest.SerializeToString,
+                response_deserializer=controlplane_dot_api_dot_v1_dot_sandboxes__pb2.CreateSandboxesResponse.FromString,
+                _registered_method=True)
         self.GetSandbox = channel.unary_unary(
                 '/sandloom.v1.Sandboxes/GetSandbox',
                 request_serializer=controlplane_dot_api_dot_v1_dot_sandboxes__pb2.GetSandboxRequest.SerializeToString,
@@ -134,6 +139,17 @@ class SandboxesServicer:
         returns the first call's sandbox; another request_id with a taken name is ALREADY_EXISTS.
         Afterwards: the sandbox is durable, in PENDING or SCHEDULED; with validate_only nothing is recorded.
         Errors: INVALID_ARGUMENT, NOT_FOUND (image), ALREADY_EXISTS, RESOURCE_EXHAUSTED (no host has room; numbers in the details).
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def CreateSandboxes(self, request, context):
+        """CreateSandbox of each of up to 256 requests, for those who start many: one call, and they are recorded together.
+        Each is made or refused by itself: the outcome at a place is that of the request there. Idempotent as CreateSandbox
+        is, by each request's own request_id; two of one call that have the same name or request_id are as two calls are.
+        Afterwards: every sandbox that is answered is durable. Errors of the call as such: INVALID_ARGUMENT (none, or too
+        many), and UNAVAILABLE or DEADLINE_EXCEEDED, after which each may have been made: ask again with the same request_ids.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -287,6 +303,11 @@ def add_SandboxesServicer_to_server(servicer, server):
                     request_deserializer=controlplane_dot_api_dot_v1_dot_sandboxes__pb2.CreateSandboxRequest.FromString,
                     response_serializer=controlplane_dot_api_dot_v1_dot_sandboxes__pb2.Sandbox.SerializeToString,
             ),
+            'CreateSandboxes': grpc.unary_unary_rpc_method_handler(
+                    servicer.CreateSandboxes,
+                    request_deserializer=controlplane_dot_api_dot_v1_dot_sandboxes__pb2.CreateSandboxesRequest.FromString,
+                    response_serializer=controlplane_dot_api_dot_v1_dot_sandboxes__pb2.CreateSandboxesResponse.SerializeToString,
+            ),
             'GetSandbox': grpc.unary_unary_rpc_method_handler(
                     servicer.GetSandbox,
                     request_deserializer=controlplane_dot_api_dot_v1_dot_sandboxes__pb2.GetSandboxRequest.FromString,
@@ -400,6 +421,33 @@ class Sandboxes:
             '/sandloom.v1.Sandboxes/CreateSandbox',
             controlplane_dot_api_dot_v1_dot_sandboxes__pb2.CreateSandboxRequest.SerializeToString,
             controlplane_dot_api_dot_v1_dot_sandboxes__pb2.Sandbox.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def CreateSandboxes(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/sandloom.v1.Sandboxes/CreateSandboxes',
+            controlplane_dot_api_dot_v1_dot_sandboxes__pb2.CreateSandboxesRequest.SerializeToString,
+            controlplane_dot_api_dot_v1_dot_sandboxes__pb2.CreateSandboxesResponse.FromString,
             options,
             channel_credentials,
             insecure,

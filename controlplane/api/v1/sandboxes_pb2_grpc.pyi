@@ -42,6 +42,13 @@ class SandboxesStub:
     Afterwards: the sandbox is durable, in PENDING or SCHEDULED; with validate_only nothing is recorded.
     Errors: INVALID_ARGUMENT, NOT_FOUND (image), ALREADY_EXISTS, RESOURCE_EXHAUSTED (no host has room; numbers in the details).
     """
+    CreateSandboxes: _grpc.UnaryUnaryMultiCallable[_sandboxes_pb2.CreateSandboxesRequest, _sandboxes_pb2.CreateSandboxesResponse]
+    """CreateSandbox of each of up to 256 requests, for those who start many: one call, and they are recorded together.
+    Each is made or refused by itself: the outcome at a place is that of the request there. Idempotent as CreateSandbox
+    is, by each request's own request_id; two of one call that have the same name or request_id are as two calls are.
+    Afterwards: every sandbox that is answered is durable. Errors of the call as such: INVALID_ARGUMENT (none, or too
+    many), and UNAVAILABLE or DEADLINE_EXCEEDED, after which each may have been made: ask again with the same request_ids.
+    """
     GetSandbox: _grpc.UnaryUnaryMultiCallable[_sandboxes_pb2.GetSandboxRequest, _sandboxes_pb2.Sandbox]
     """Read only. `name` may be a name or a uid. NOT_FOUND when there is none."""
     ListSandboxes: _grpc.UnaryUnaryMultiCallable[_sandboxes_pb2.ListSandboxesRequest, _sandboxes_pb2.ListSandboxesResponse]
@@ -118,6 +125,13 @@ class SandboxesAsyncStub(SandboxesStub):
     returns the first call's sandbox; another request_id with a taken name is ALREADY_EXISTS.
     Afterwards: the sandbox is durable, in PENDING or SCHEDULED; with validate_only nothing is recorded.
     Errors: INVALID_ARGUMENT, NOT_FOUND (image), ALREADY_EXISTS, RESOURCE_EXHAUSTED (no host has room; numbers in the details).
+    """
+    CreateSandboxes: _aio.UnaryUnaryMultiCallable[_sandboxes_pb2.CreateSandboxesRequest, _sandboxes_pb2.CreateSandboxesResponse]  # type: ignore[assignment]
+    """CreateSandbox of each of up to 256 requests, for those who start many: one call, and they are recorded together.
+    Each is made or refused by itself: the outcome at a place is that of the request there. Idempotent as CreateSandbox
+    is, by each request's own request_id; two of one call that have the same name or request_id are as two calls are.
+    Afterwards: every sandbox that is answered is durable. Errors of the call as such: INVALID_ARGUMENT (none, or too
+    many), and UNAVAILABLE or DEADLINE_EXCEEDED, after which each may have been made: ask again with the same request_ids.
     """
     GetSandbox: _aio.UnaryUnaryMultiCallable[_sandboxes_pb2.GetSandboxRequest, _sandboxes_pb2.Sandbox]  # type: ignore[assignment]
     """Read only. `name` may be a name or a uid. NOT_FOUND when there is none."""
@@ -198,6 +212,19 @@ class SandboxesServicer(metaclass=_abc_1.ABCMeta):
         returns the first call's sandbox; another request_id with a taken name is ALREADY_EXISTS.
         Afterwards: the sandbox is durable, in PENDING or SCHEDULED; with validate_only nothing is recorded.
         Errors: INVALID_ARGUMENT, NOT_FOUND (image), ALREADY_EXISTS, RESOURCE_EXHAUSTED (no host has room; numbers in the details).
+        """
+
+    @_abc_1.abstractmethod
+    def CreateSandboxes(
+        self,
+        request: _sandboxes_pb2.CreateSandboxesRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_sandboxes_pb2.CreateSandboxesResponse, _abc.Awaitable[_sandboxes_pb2.CreateSandboxesResponse]]:
+        """CreateSandbox of each of up to 256 requests, for those who start many: one call, and they are recorded together.
+        Each is made or refused by itself: the outcome at a place is that of the request there. Idempotent as CreateSandbox
+        is, by each request's own request_id; two of one call that have the same name or request_id are as two calls are.
+        Afterwards: every sandbox that is answered is durable. Errors of the call as such: INVALID_ARGUMENT (none, or too
+        many), and UNAVAILABLE or DEADLINE_EXCEEDED, after which each may have been made: ask again with the same request_ids.
         """
 
     @_abc_1.abstractmethod
