@@ -89,6 +89,11 @@ class Config:
     memory_evict_after_s: float = 30.0
     memory_follow_s: float = 30.0
 
+    @property
+    def mounts_dir(self) -> Path:
+        """Where layers are mounted for OCI sandboxes (hostd/drivers/oci/mounts.py)."""
+        return self.state_dir / "mounts"
+
     def __post_init__(self) -> None:
         chosen = (
             ("driver", self.driver, DRIVERS),

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import re
+
 from hostd.drivers.contract import Region
 from native import _dax
 
 RAM_PREFIXES = ("/memfd:memory-backend-memfd", "/memfd:sandloom-template", "/memfd:sandloom-checkpoint")
 LAYER_SUFFIX = "/blob"
+LAYER_MOUNT = re.compile(r"/mounts/g\d+/[0-9a-f]{16}\.erofs/")
+"""A file of a layer's mount, which a guest maps where the blob would be (hostd/drivers/onecopy.py)."""
 
 
 def kind_of(path: str) -> str:
     """What a mapping of `path` is: guest RAM is in named memfds (QEMU's own, a template's, a
     checkpoint's), layers are the store's
-    blobs."""
+    blobs, or files of their mounts."""
     if path.startswith(RAM_PREFIXES):
         return "ram"
-    return "layer" if path.endswith(LAYER_SUFFIX) else "vmm"
+    return "layer" if path.endswith(LAYER_SUFFIX) or LAYER_MOUNT.search(path) else "vmm"
 
 
 def regions_of(pid: int) -> list[Region]:

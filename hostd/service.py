@@ -121,7 +121,8 @@ class Runtime(hosts_pb2_grpc.HostRuntimeServicer):
         """See hosts.proto."""
         async with translated(context):
             measured, names = await self._measure()
-            cached_bytes = await asyncio.to_thread(ledger.layer_cache_bytes, self._sandboxes.store)
+            boxes = self._sandboxes
+            cached_bytes = await asyncio.to_thread(ledger.layer_cache_bytes, boxes.store, boxes.config.mounts_dir)
         memory = psutil.virtual_memory()
         return sandboxes_pb2.SharingLedger(
             sandboxes=[edge.render_memory(row, names[row.uid], self._host) for row in measured.rows],

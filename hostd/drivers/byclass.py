@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from hostd.drivers.contract import Checkpointing, Driver, Engine, StartPlan, TakenCheckpoint, WarmGuest, Warming
 from hostd.errors import CheckpointUnusable, HostdError, InvalidSpec
@@ -34,15 +34,49 @@ def lacking(feature: str, asked: SandboxClass, have: tuple[SandboxClass, ...]) -
     return InvalidSpec(f"class {asked.value} has no {feature}; classes that have it: {others}", reason="ClassLacks")
 
 
-class ByClass:
-    """Implements hostd.drivers.contract.Driver. `missing` says why this host has no driver for a class."""
+class Following(Protocol):
+    """Who follows what starts and ends (hostd/drivers/onecopy.py). Both return at once."""
 
-    def __init__(self, drivers: Mapping[SandboxClass, Driver], missing: Mapping[SandboxClass, str]) -> None:
+    def started(self, engine: Engine) -> None:
+        """An engine runs."""
+        ...
+
+    def look(self) -> None:
+        """One has ended."""
+        ...
+
+
+class _Nobody:
+    """Follows nothing."""
+
+    def started(self, engine: Engine) -> None:
+        """See Following.started."""
+
+    def look(self) -> None:
+        """See Following.look."""
+
+
+def _told(one_copy: Following, engine: Engine) -> Engine:
+    one_copy.started(engine)
+    return engine
+
+
+class ByClass:
+    """Implements hostd.drivers.contract.Driver. `missing` says why this host has no driver for a class; `one_copy` is
+    told of all that starts and ends."""
+
+    def __init__(
+        self,
+        drivers: Mapping[SandboxClass, Driver],
+        missing: Mapping[SandboxClass, str],
+        one_copy: Following | None = None,
+    ) -> None:
         self.drivers, self._missing = dict(drivers), dict(missing)
+        self._one_copy = one_copy or _Nobody()
         warm = {one: driver.warming for one, driver in self.drivers.items() if driver.warming is not None}
-        self.warming: Warming | None = _Warming(warm) if warm else None
+        self.warming: Warming | None = _Warming(warm, self._one_copy) if warm else None
         able = {one: driver.checkpointing for one, driver in self.drivers.items() if driver.checkpointing is not None}
-        self.checkpointing: Checkpointing | None = _Checkpointing(able) if able else None
+        self.checkpointing: Checkpointing | None = _Checkpointing(able, self._one_copy) if able else None
 
     def of(self, asked: SandboxClass) -> Driver:
         """The driver of a class. InvalidSpec says why there is none, and which classes this host runs."""
@@ -58,11 +92,12 @@ class ByClass:
         """See Driver.start."""
         if plan.spec.network.veth and plan.spec.sandbox_class not in WITH_LINKS:
             raise lacking("veth", plan.spec.sandbox_class, tuple(one for one in WITH_LINKS if one in self.drivers))
-        return await self.of(plan.spec.sandbox_class).start(plan, made)
+        return _told(self._one_copy, await self.of(plan.spec.sandbox_class).start(plan, made))
 
     async def adopt(self, plan: StartPlan, handle: Handle, offsets: dict[int, int]) -> Engine | None:
         """See Driver.adopt."""
-        return await self.of(class_of(handle.accel)).adopt(plan, handle, offsets)
+        engine = await self.of(class_of(handle.accel)).adopt(plan, handle, offsets)
+        return None if engine is None else _told(self._one_copy, engine)
 
     async def destroy(self, uid: str, folder: Path, handle: Handle | None) -> None:
         """See Driver.destroy. HostdError also when what it ran on is no longer on this host."""
@@ -71,6 +106,7 @@ class ByClass:
             if owner not in self.drivers:
                 raise HostdError(f"sandbox {uid} runs on {handle.accel}, which is gone: install it and restart hostd")
             await self.drivers[owner].destroy(uid, folder, handle)
+            self._one_copy.look()
             return
         for one in CLEAN_UP_ORDER:
             if one in self.drivers:
@@ -80,8 +116,8 @@ class ByClass:
 class _Warming:
     """Implements hostd.drivers.contract.Warming by the classes that have it."""
 
-    def __init__(self, able: Mapping[SandboxClass, Warming]) -> None:
-        self._able = dict(able)
+    def __init__(self, able: Mapping[SandboxClass, Warming], one_copy: Following) -> None:
+        self._able, self._one_copy = dict(able), one_copy
 
     def _of(self, asked: SandboxClass) -> Warming:
         if asked not in self._able:
@@ -94,14 +130,14 @@ class _Warming:
 
     async def claim(self, guest: WarmGuest, plan: StartPlan, made: Callable[[Handle], None]) -> Engine:
         """See Warming.claim."""
-        return await self._of(class_of(guest.handle.accel)).claim(guest, plan, made)
+        return _told(self._one_copy, await self._of(class_of(guest.handle.accel)).claim(guest, plan, made))
 
 
 class _Checkpointing:
     """Implements hostd.drivers.contract.Checkpointing by the classes that have it."""
 
-    def __init__(self, able: Mapping[SandboxClass, Checkpointing]) -> None:
-        self._able = dict(able)
+    def __init__(self, able: Mapping[SandboxClass, Checkpointing], one_copy: Following) -> None:
+        self._able, self._one_copy = dict(able), one_copy
 
     @property
     def classes(self) -> tuple[SandboxClass, ...]:
@@ -155,4 +191,5 @@ class _Checkpointing:
         made: Callable[[Handle], None],
     ) -> Engine:
         """See Checkpointing.restore."""
-        return await self._of(plan.spec.sandbox_class).restore(plan, memory, form, offsets, made)
+        engine = await self._of(plan.spec.sandbox_class).restore(plan, memory, form, offsets, made)
+        return _told(self._one_copy, engine)

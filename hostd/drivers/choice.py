@@ -23,6 +23,7 @@ from hostd.drivers.oci import probe
 from hostd.drivers.oci.driver import OciDriver
 from hostd.drivers.oci.mounts import Layers
 from hostd.drivers.oci.network import Links
+from hostd.drivers.onecopy import OneCopy
 from hostd.drivers.qemu.accel import TCG_NOTE, cpu_identity, decide, qemu_version
 from hostd.drivers.qemu.cloning import Cloner
 from hostd.drivers.qemu.command import MAX_LAYERS, GuestShape
@@ -73,8 +74,9 @@ async def _qemu(config: Config, store: Store, tell: Tell, stack: AsyncExitStack)
     stack.callback(cgroups.retire)
     await asyncio.to_thread(cgroups.limit_total, config.memory_budget_mib << 20)
     kernel = await asyncio.to_thread(guestkernel.prepare, store, config.state_dir, config.cache_dir)
+    layers = Layers(config.mounts_dir)
     verdict, (oci_drivers, missing) = await asyncio.gather(
-        decide(config.accel, _probe_shape(kernel), kernel.version, config.cache_dir), _oci(config, cgroups)
+        decide(config.accel, _probe_shape(kernel), kernel.version, config.cache_dir), _oci(config, layers, cgroups)
     )
     templates = await stack.enter_async_context(Templates(store, tell))
     version = await asyncio.to_thread(qemu_version)
@@ -90,7 +92,8 @@ async def _qemu(config: Config, store: Store, tell: Tell, stack: AsyncExitStack)
     qemu = QemuDriver(
         kernel, verdict.accel, cgroups, boot_deadline_s=config.boot_deadline_s, cloner=cloner, huge=backing.huge
     )
-    driver = ByClass({SandboxClass.GUEST_KERNEL: qemu, **oci_drivers}, missing)
+    one_copy = await stack.enter_async_context(OneCopy(layers)) if oci_drivers else None
+    driver = ByClass({SandboxClass.GUEST_KERNEL: qemu, **oci_drivers}, missing, one_copy)
     return Chosen(
         driver,
         classes=tuple(driver.drivers),
@@ -106,12 +109,13 @@ async def _qemu(config: Config, store: Store, tell: Tell, stack: AsyncExitStack)
     )
 
 
-async def _oci(config: Config, cgroups: Hierarchy) -> tuple[dict[SandboxClass, Driver], dict[SandboxClass, str]]:
+async def _oci(
+    config: Config, layers: Layers, cgroups: Hierarchy
+) -> tuple[dict[SandboxClass, Driver], dict[SandboxClass, str]]:
     """Drivers of the OCI classes that work here, and why the others do not. Their mounts are below the state directory:
     the run directory holds sandboxes only."""
     drivers: dict[SandboxClass, Driver] = {}
     missing: dict[SandboxClass, str] = {}
-    layers = Layers(config.state_dir / "mounts")
     links = Links(config.network_cidr, config.network_nat)
     for one, name in ((SandboxClass.USER_KERNEL, "runsc"), (SandboxClass.HOST_KERNEL, "crun")):
         runtime, why = await probe.decide(name, cgroups, config.cache_dir)

@@ -36,6 +36,9 @@ LOG_TAIL_BYTES = 400
 ENVIRONMENT = {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "MALLOC_ARENA_MAX": "1"}
 """One arena for QEMU's few threads: 0.4 MiB less a guest."""
 
+ONE_COPY = Path(__file__).parent / "_build" / "sandloom-onecopy.so"
+"""Lets a QEMU map layers in pieces (hostd/drivers/onecopy.py)."""
+
 NO_PUNCH = Path(__file__).parent / "_build" / "sandloom-nopunch"
 """Starts a QEMU whose elastic memory is a checkpoint's (hostd/drivers/qemu/src)."""
 
@@ -132,7 +135,7 @@ class Vmms:
                 stderr=log,
                 cwd="/",
                 start_new_session=True,
-                env=ENVIRONMENT,
+                env=ENVIRONMENT | ({"LD_PRELOAD": str(ONE_COPY)} if ONE_COPY.exists() else {}),
                 pass_fds=launch.inherit,
             )
         child.returncode = 0  # the pidfd watcher reaps it, not Popen's own bookkeeping

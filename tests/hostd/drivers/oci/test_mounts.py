@@ -24,11 +24,11 @@ DATA = bytes(range(256)) * 4096  # 1 MiB
 def test_mountinfo_is_parsed_with_its_escapes() -> None:
     text = (
         "36 35 98:0 / /mnt/a\\040b rw,noatime shared:1 - ext3 /dev/root rw,errors=continue\n"
-        "40 35 0:50 / /run/x rw - overlay overlay rw,lowerdir=/m/2:/m/1,upperdir=/u\n"
+        "40 35 0:50 / /run/x rw - overlay overlay rw,lowerdir=/m/g0/2:/m/g0/1,upperdir=/u\n"
     )
     first, second = parse_mountinfo(text)
     assert (first.at, first.kind, first.source, first.device) == ("/mnt/a b", "ext3", "/dev/root", (98, 0))
-    assert second.options == "rw,lowerdir=/m/2:/m/1,upperdir=/u"
+    assert second.options == "rw,lowerdir=/m/g0/2:/m/g0/1,upperdir=/u"
 
 
 def test_a_layer_is_unused_when_no_overlay_names_it() -> None:
@@ -36,17 +36,17 @@ def test_a_layer_is_unused_when_no_overlay_names_it() -> None:
         f"{n} 1 0:{n} / {at} ro - {kind} {kind} ro{options}\n"
         for n, (at, kind, options) in enumerate(
             [
-                ("/m/1", "erofs", ""),
-                ("/m/2", "erofs", ""),
-                ("/m/3", "erofs", ""),
-                ("/m/30", "erofs", ""),
-                ("/m/deep/1", "erofs", ""),
-                ("/run/a", "overlay", ",lowerdir=/m/2:/m/1,upperdir=/u/1"),
-                ("/run/b", "overlay", ",lowerdir+=/m/30,lowerdir+=/m/1,upperdir=/u/2"),
+                ("/m/g0/1", "erofs", ""),
+                ("/m/g0/2", "erofs", ""),
+                ("/m/g0/3", "erofs", ""),
+                ("/m/g0/30", "erofs", ""),
+                ("/m/g0/deep/1", "erofs", ""),
+                ("/run/a", "overlay", ",lowerdir=/m/g0/2:/m/g0/1,upperdir=/u/1"),
+                ("/run/b", "overlay", ",lowerdir+=/m/g0/30,lowerdir+=/m/g0/1,upperdir=/u/2"),
             ]
         )
     )
-    assert unused_layers(parse_mountinfo(text), Path("/m")) == ["/m/3"]
+    assert unused_layers(parse_mountinfo(text), Path("/m")) == ["/m/g0/3"]
 
 
 @pytest.mark.parametrize("path", ["", "/", "/run", "/run/x", "relative/to/some/place", "/run/../../x/y"])
