@@ -43,8 +43,9 @@ def identity(path: Path) -> Identity:
     return _identity(path.lstat())
 
 
-def measure(path: Path, gid: int) -> Measured:
-    """Reads all of `path` and hashes it; sets owner and mode right where they are not.
+def measure(path: Path, gid: int, *, in_passing: bool = False) -> Measured:
+    """Reads all of `path` and hashes it; sets owner and mode right where they are not. `in_passing`: nobody is about to
+    use it, so what nobody maps of it does not stay in the page cache.
 
     OSError when it is gone, unreadable, a symbolic link (ELOOP) or otherwise no regular file (ENXIO).
     """
@@ -59,6 +60,8 @@ def measure(path: Path, gid: int) -> Measured:
             os.fchmod(fd, BLOB_MODE)
         before = _identity(os.fstat(fd))
         digest = "sha256:" + file_sha256(fd)
+        if in_passing:
+            os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
     return Measured(digest, before)
 
 

@@ -84,7 +84,7 @@ class Shelf:
                 known = self._verified.get(item.key)
             if not again and known is not None and known == blobs.identity(item.path):
                 return ""
-            measured = blobs.measure(item.path, self._book.ensure(item.domain).gid)
+            measured = blobs.measure(item.path, self._book.ensure(item.domain).gid, in_passing=again)
             why = "" if measured.digest == item.digest else f"its bytes give {measured.digest}"
         except OSError as error:
             if error.errno not in _BAD_OBJECT:

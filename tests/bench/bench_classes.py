@@ -132,9 +132,7 @@ def sharing(at: Place, report: Report) -> None:
         report.row(f"charged to one more {name} sandbox", Runs(tuple(values), "MiB"))
     measure = f"{SANDBOXES} sandboxes of two classes: the image in memory"
     report.bar(measure, Runs((cached / first_mib,), "x"), at_most=1.05, peer="one copy")
-    report.note(
-        "A guest of the same image maps the blob file: what it touches is there once more (mounts.py says why)."
-    )
+    report.note("Guests of the image are given the same pages: tests/hostd/drivers/oci/test_onecopy.py counts them.")
 
 
 async def _fifty(at: Place, layer: LayerFile) -> tuple[float, float, float, float, dict[str, list[float]]]:

@@ -9,6 +9,7 @@ import pytest
 
 from sharedcache.errors import CorruptObject, NotFound
 from sharedcache.objects import StoredObject
+from sharedcache.residency import blob_residency
 from sharedcache.store import Store
 from tests.sharedcache.storekit import ACME, GLOBEX, Clock, publish, tree
 
@@ -62,6 +63,15 @@ def test_scrub_finds_what_get_would_not_read_again(store: Store, monkeypatch: py
     assert sorted(store.scrub()) == sorted([bad.key, gone.key, link.key])
     assert store.objects() == [good]
     assert store.scrub() == []
+
+
+def test_a_scrub_leaves_nothing_of_what_it_read_in_the_page_cache(store: Store) -> None:
+    item = publish(store, os.urandom(1 << 20))
+    with item.path.open("rb") as file:
+        os.fsync(file.fileno())  # dirty pages cannot be let go of
+    assert item.path.read_bytes()
+    assert store.scrub() == []
+    assert blob_residency(item).cached_bytes == 0
 
 
 def test_a_get_hashes_once(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -102,6 +102,18 @@ def test_two_roots_share_one_mount_and_one_copy(place: Path, way: str) -> None:
     assert len(list(Path("/sys/block").glob("loop*/loop/backing_file"))) == loops
 
 
+def test_a_blob_that_was_verified_again_is_no_second_copy(place: Path) -> None:
+    blob = layer(place, "one", (header("data"), DATA))
+    layers = Layers(place / "m")
+    for name in "ab":
+        assert len(blob.path.read_bytes()) == blob.size_bytes  # as a new hostd does at its first use
+        layers.mount_rootfs(sandbox(place, name), (blob,), 16)
+        with blob.path.open("rb") as file:
+            assert _dax.cachestat(file).cached <= 16
+    for name in "ab":
+        layers.unmount_rootfs(place / name)
+
+
 def test_upper_layers_win_and_writes_stay_in_the_sandbox(place: Path) -> None:
     low = layer(place, "low", (header("name"), b"low"), (header("gone"), b"x"))
     high = layer(place, "high", (header("name"), b"high"), header(".wh.gone"))
@@ -198,7 +210,7 @@ def test_a_sandbox_knows_itself_after_a_restart() -> None:
 
 
 def test_what_a_guest_maps_is_a_second_copy_and_no_third(place: Path) -> None:
-    """The measure behind the decision in mounts.py: a guest's virtio-pmem maps the blob file, as mmap does here."""
+    """What it would be without hostd/drivers/onecopy.py: a guest's virtio-pmem maps the blob, as mmap does here."""
     blob = layer(place, "one", (header("data"), DATA))
     layers, folder = Layers(place / "m"), sandbox(place, "a")
     with blob.path.open("rb") as file:

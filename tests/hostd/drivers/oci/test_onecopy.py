@@ -212,7 +212,7 @@ async def test_sandboxes_of_all_three_classes_hold_an_image_once(around: Surroun
         async with AsyncExitStack() as stack, OneCopy(layers) as one_copy:
             guest, guest_plan = await guest_of(QemuRig(host, 263_000), ready.layers, stack)
             one_copy.started(guest)
-            digest = file_sum((await run(guest, ("md5sum", "/big")))[0])  # it is first, and maps the blob
+            digest = file_sum((await run(guest, ("sha256sum", "/big")))[0])  # it is first, and maps the blob
             assert pages(layer.path) >= BIG_MIB * 256
             boxes: list[Engine] = []
             async with AsyncExitStack() as ended:
@@ -220,12 +220,12 @@ async def test_sandboxes_of_all_three_classes_hold_an_image_once(around: Surroun
                     box = await box_of(around, name, layers, ready.layers, ended)
                     one_copy.started(box)
                     boxes.append(box)
-                    assert file_sum((await run(box, ("md5sum", "/big")))[0]) == digest
+                    assert file_sum((await run(box, ("sha256sum", "/big")))[0]) == digest
                 await one_copy.settled()
-                assert file_sum((await run(guest, ("md5sum", "/big")))[0]) == digest
+                assert file_sum((await run(guest, ("sha256sum", "/big")))[0]) == digest
                 await held_once(layer, layers, {"guest": guest, "runsc": boxes[0], "crun": boxes[1]})
             assert layers.points() == {layers.point(layer)}  # the guest maps it
-            assert file_sum((await run(guest, ("md5sum", "/big")))[0]) == digest
+            assert file_sum((await run(guest, ("sha256sum", "/big")))[0]) == digest
             await guest.detach()
             await QemuRig(host).driver.destroy(guest_plan.spec.uid, guest_plan.folder, guest.handle)
             async with asyncio.timeout(60):
