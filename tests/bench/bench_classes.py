@@ -30,7 +30,7 @@ from tests.contract.driver_suite import command
 from tests.hostd.busybox import busybox, rootfs_tar
 from tests.userland import UserlandUnavailable, userland_tar
 
-ROUNDS = 25
+ROUNDS = 61
 SANDBOXES = 50
 PAGE_MIB = 4096 / (1 << 20)
 EVICTED_SHARE = 0.01

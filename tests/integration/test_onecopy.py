@@ -1,4 +1,4 @@
-"""A host gives its guests the pages that its host-kernel sandboxes of the same image have, and tells so."""
+"""Guests get the pages that host-kernel sandboxes of their image have, and nobody gets bytes that are wrong."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from tests.hostd.busybox import busybox, rootfs_tar
 from tests.integration.fabric import Fabric, until
 
 pytestmark = pytest.mark.guest
@@ -29,3 +30,22 @@ def test_a_guest_that_was_first_shares_with_a_host_kernel_sandbox(fabric: Fabric
         )  # sleep, and its libc
 
     until(together, 120.0, lambda: str(fabric.asked("share")))
+
+
+def test_a_layer_with_a_flipped_byte_is_run_by_no_class_and_named(fabric: Fabric) -> None:
+    program = busybox()
+    assert program is not None
+    archive = fabric.home.parent / "small.tar"
+    archive.write_bytes(rootfs_tar(program, {"mine": b"rotten"}))
+    before = set(fabric.home.rglob("blob"))
+    fabric.ok("image", "import", str(archive), "--name", "rotten")
+    (blob,) = set(fabric.home.rglob("blob")) - before
+    data = bytearray(blob.read_bytes())
+    data[data.index(b"rotten")] ^= 1
+    blob.write_bytes(data)
+    refused = fabric.run("run", "--rm", "--class", "host-kernel", "rotten", "--", "cat", "/mine")
+    assert refused.code == 125
+    assert "sha256:" in refused.err and ("is corrupt" in refused.err or "import" in refused.err), refused
+    assert not blob.exists()  # in quarantine, where nothing serves it
+    again = fabric.run("run", "--rm", "rotten", "--", "cat", "/mine")
+    assert again.code == 125 and "import" in again.err, again

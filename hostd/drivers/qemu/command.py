@@ -2,6 +2,8 @@
 
 The machine is q35 without what no guest of ours uses. Facts behind the options (measured on QEMU 7.2):
 - microvm would boot faster but has no memory devices, so no virtio-pmem and no virtio-mem.
+- `mem-merge=off`: QEMU offers its guests' memory to KSM unless told otherwise, which whoever turns KSM on after hostd
+  looked would merge across sharing domains.
 - `swiotlb=noforce` saves 64 MB a guest when maxmem is above 4 GiB.
 - `tb-size=32` bounds TCG's translations, which take what they need (QEMU's own choice is an eighth of RAM). A
   warm guest has 19 MB of them when it is claimed: at 16 its claim flushed them, and cost twice as much.
@@ -113,7 +115,7 @@ def _machine(shape: GuestShape) -> list[str]:
     accel = "kvm" if shape.accel == "kvm" else "tcg,tb-size=32"
     return [
         "-name", f"sandloom-{shape.uid},debug-threads=on",
-        "-M", "q35,sata=off,usb=off,smbus=off,vmport=off,hpet=off,memory-backend=ram0",
+        "-M", "q35,sata=off,usb=off,smbus=off,vmport=off,hpet=off,mem-merge=off,memory-backend=ram0",
         "-accel", accel,
         "-cpu", "host" if shape.accel == "kvm" else "max",
         "-smp", f"{shape.vcpus},maxcpus={max(shape.vcpus, shape.max_vcpus)}",

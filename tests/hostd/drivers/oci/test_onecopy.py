@@ -193,6 +193,12 @@ def pages(path: Path) -> int:
         return _dax.cachestat(file).cached
 
 
+def offered_to_ksm(pid: int) -> list[str]:
+    """The flags of a process's mappings that the kernel may merge with equal ones (proc(5), VmFlags)."""
+    lines = Path(f"/proc/{pid}/smaps").read_text().splitlines()
+    return [line for line in lines if line.startswith("VmFlags:") and "mg" in line.split()]
+
+
 def file_sum(out: str) -> str:
     return out.split()[0]
 
@@ -214,6 +220,7 @@ async def test_sandboxes_of_all_three_classes_hold_an_image_once(around: Surroun
             one_copy.started(guest)
             digest = file_sum((await run(guest, ("sha256sum", "/big")))[0])  # it is first, and maps the blob
             assert pages(layer.path) >= BIG_MIB * 256
+            assert not offered_to_ksm(guest.handle.pid)
             boxes: list[Engine] = []
             async with AsyncExitStack() as ended:
                 for name in ("runsc", "crun"):

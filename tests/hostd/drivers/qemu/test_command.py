@@ -22,7 +22,7 @@ def test_the_whole_line() -> None:
     assert qemu_argv(SHAPE) == [
         "qemu-system-x86_64",
         "-name", "sandloom-u-1,debug-threads=on",
-        "-M", "q35,sata=off,usb=off,smbus=off,vmport=off,hpet=off,memory-backend=ram0",
+        "-M", "q35,sata=off,usb=off,smbus=off,vmport=off,hpet=off,mem-merge=off,memory-backend=ram0",
         "-accel", "tcg,tb-size=32",
         "-cpu", "max",
         "-smp", "2,maxcpus=2",
