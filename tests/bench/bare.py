@@ -76,23 +76,44 @@ class Place:
 
 @contextmanager
 def place() -> Iterator[Place]:
-    """CannotMeasure, and says why, where no container runs."""
+    """CannotMeasure, and says why, where no container runs. Its sandboxes are in a group of the benchmark's own: in the
+    one of a hostd that runs here, or of another benchmark, all of them would share one task's weight, which a bare
+    runtime has to itself."""
     if os.geteuid() != 0:
         raise CannotMeasure("needs root: the OCI classes mount, and make cgroups")
-    cgroups = Hierarchy.probe()
-    cgroups.prepare()
-    runtimes: dict[str, Runtime] = {}
-    for name in RUNTIMES:
-        runtime, why = asyncio.run(decide(name, cgroups, CACHE))
-        if runtime is None:
-            raise CannotMeasure(why)
-        runtimes[name] = runtime
+    cgroups = Hierarchy.probe(name=f"sandloom-bench-{os.getpid()}")
     root = Path(tempfile.mkdtemp(prefix="sl-bench-", dir="/var/tmp"))
-    (root / "run").mkdir()
     try:
+        cgroups.prepare()
+        runtimes: dict[str, Runtime] = {}
+        for name in RUNTIMES:
+            runtime, why = asyncio.run(decide(name, cgroups, CACHE))
+            if runtime is None:
+                raise CannotMeasure(why)
+            runtimes[name] = runtime
+        (root / "run").mkdir()
         yield Place(root, cgroups, runtimes)
     finally:
         shutil.rmtree(root)
+        _forget(name_of(cgroups))
+
+
+def _forget(name: str) -> None:
+    """Removes the groups that a bare runtime made, in every tree; where crun took a v2 tree's place for one that is not
+    in sight, what it made there are plain files."""
+    for group in Path("/sys/fs/cgroup").glob(f"*/{name}"):
+        if str(group.parent) == HYBRID_CGROUPS and not os.path.ismount(HYBRID_CGROUPS):
+            shutil.rmtree(group)
+        else:
+            group.rmdir()
+    v2 = Path("/sys/fs/cgroup", name)
+    if v2.exists():
+        v2.rmdir()
+
+
+def name_of(cgroups: Hierarchy) -> str:
+    """The parent group of its sandboxes. Pure."""
+    return next(iter(cgroups.roots.values())).name
 
 
 async def bare_bundle(
@@ -115,7 +136,7 @@ async def bare_bundle(
     config = json.loads(path.read_text())
     config["process"]["args"] = list(argv)
     limits = limits_for(resources, driver.runtime)
-    config["linux"]["cgroupsPath"] = f"/sandloom/{plan.spec.uid}-own"
+    config["linux"]["cgroupsPath"] = f"/{name_of(at.cgroups)}/{plan.spec.uid}-own"
     config["linux"]["resources"] = {
         "memory": {"limit": limits.memory_bytes},
         "cpu": {"quota": limits.cpu_milli * 100, "period": 100_000},
