@@ -43,9 +43,9 @@ def test_a_layer_with_a_flipped_byte_is_run_by_no_class_and_named(fabric: Fabric
     data = bytearray(blob.read_bytes())
     data[data.index(b"rotten")] ^= 1
     blob.write_bytes(data)
-    refused = fabric.run("run", "--rm", "--class", "host-kernel", "rotten", "--", "cat", "/mine")
+    refused = fabric.run("run", "--class", "host-kernel", "rotten", "--", "cat", "/mine")
     assert refused.code == 125
     assert "sha256:" in refused.err and ("is corrupt" in refused.err or "import" in refused.err), refused
     assert not blob.exists()  # in quarantine, where nothing serves it
-    again = fabric.run("run", "--rm", "rotten", "--", "cat", "/mine")
+    again = fabric.run("run", "rotten", "--", "cat", "/mine")
     assert again.code == 125 and "import" in again.err, again
