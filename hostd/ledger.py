@@ -80,7 +80,7 @@ def measure(regions: Mapping[str, Sequence[Region]]) -> Ledger:
 
 def layer_cache_bytes(store: Store, mounts: Path | None = None) -> int:
     """How much of the store's layers the host's page cache holds now, each page once: as blobs, and as files of the
-    layers that are mounted below `mounts` for OCI sandboxes. Blocks, for the mounts' part some 20 µs a file."""
+    layers that are mounted below `mounts` for OCI sandboxes. Blocks, for the mounts' part some 35 µs a file."""
     blobs = sum(
         residency.blob_residency(stored).cached_bytes for stored in store.objects() if stored.kind is ObjectKind.LAYER
     )

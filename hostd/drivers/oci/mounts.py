@@ -326,7 +326,7 @@ class Layers:
 
     def tables(self, blob: Path) -> list[Path]:
         """The tables of a layer that is mounted, made when they are not there yet; [] when it is not mounted. Blocks
-        for some 30 µs a file of it. One call at a time. OSError."""
+        for some 20 µs a file of it. One call at a time. OSError."""
         info = blob.stat()
         point = self.point_of(blob, info.st_gid)
         folder = point.with_suffix(".pieces")
