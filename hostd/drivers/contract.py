@@ -148,8 +148,9 @@ class Engine(Protocol):
         ...
 
     def memory_events(self) -> AsyncIterator[MemoryEvent]:
-        """What the guest tells of its memory by itself, from now on; one consumer: the last to ask, and what those before
-        have ends. A few are kept while nobody reads, the oldest go first. Ends when the engine is lost or let go of."""
+        """What the guest tells of its memory by itself, from now on; one consumer: the last to ask, and what those
+        before have ends. A few are kept while nobody reads, the oldest go first. Ends when the engine is lost or let go
+        of."""
         ...
 
     async def memory(self) -> MemoryNow:
