@@ -229,6 +229,11 @@ class FakeFabric(
         sandbox.status.phase = sandboxes_pb2.EXITED
         process.end(status)
 
+    def CreateSandboxes(self, request: Any, context: Any) -> sandboxes_pb2.CreateSandboxesResponse:
+        """Each as CreateSandbox makes it; the first that is refused refuses the call: no command asks for many."""
+        outcomes = [sandboxes_pb2.CreateOutcome(sandbox=self.CreateSandbox(one, context)) for one in request.requests]
+        return sandboxes_pb2.CreateSandboxesResponse(outcomes=outcomes)
+
     def GetSandbox(self, request: Any, context: Any) -> sandboxes_pb2.Sandbox:
         self._called("GetSandbox", request, context)
         return self.find(request.name, context)
