@@ -82,9 +82,9 @@ def test_a_get_hashes_once(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     measured: list[Path] = []
     real = blobs.measure
 
-    def counted(path: Path, gid: int) -> blobs.Measured:
+    def counted(path: Path, gid: int, *, in_passing: bool = False) -> blobs.Measured:
         measured.append(path)
-        return real(path, gid)
+        return real(path, gid, in_passing=in_passing)
 
     monkeypatch.setattr(blobs, "measure", counted)
     with Store.open(root, min_free_bytes=0) as store:
