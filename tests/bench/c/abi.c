@@ -7,8 +7,9 @@
  *     read-filtered  the same under that filter
  *     connect     connect(2) on no descriptor, as it is here
  *     served      the same, notified, and answered by another process
- *     served-sync likewise, woken synchronously on the same CPU (Linux 6.6); exit 3 where the kernel has it
- * not
+ *     served-apart likewise, with caller and answerer on CPUs of their own, where an idle kernel wakes them;
+ * exit 4 with one CPU served-sync likewise, woken synchronously on the same CPU (Linux 6.6); exit 3 where the
+ * kernel has it not
  */
 #include <errno.h>
 #include <fcntl.h>
@@ -84,13 +85,27 @@ static void answer(int listener) {
     }
 }
 
+static void stay_on(int cpu) {
+    cpu_set_t only;
+    CPU_ZERO(&only);
+    CPU_SET(cpu, &only);
+    sched_setaffinity(0, sizeof(only), &only);
+}
+
 /* The caller hands its listener over by being a child that shares the table of descriptors until then. */
-static int served(bool synchronous, long count) {
+static int served(const char *how, long count) {
+    bool synchronous = strcmp(how, "served-sync") == 0, apart = strcmp(how, "served-apart") == 0;
     int pair[2], listener = -1;
+    if (apart && sysconf(_SC_NPROCESSORS_ONLN) < 2) {
+        return 4;
+    }
     if (socketpair(AF_UNIX, SOCK_SEQPACKET, 0, pair) < 0) {
         return 2;
     }
     pid_t caller = fork();
+    if (apart) {
+        stay_on(caller == 0 ? 0 : 1);
+    }
     if (caller == 0) {
         listener = install();
         char go;
@@ -136,7 +151,7 @@ int main(int argc, char **argv) {
     } else if (strcmp(argv[1], "read-filtered") == 0 && install() >= 0) {
         measure(SYS_pread64, open("/proc/self/exe", O_RDONLY), count);
     } else if (strncmp(argv[1], "served", 6) == 0) {
-        return served(strcmp(argv[1], "served-sync") == 0, count);
+        return served(argv[1], count);
     } else {
         return 2;
     }
