@@ -129,7 +129,8 @@ async def test_a_container_without_a_network_reaches_what_its_rules_name(around:
             assert await answer_of(box.host_port, body) == body
             assert await box.sh("ls /sys/class/net | sort | tr '\n' ' '") == "lo sl0 "
             assert (
-                await box.sh("(echo own | nc -l -p 9 &); until nc 127.0.0.1 9 </dev/null; do :; done 2>&0") == "own\n"
+                await box.sh("(nc -l -p 9 -e cat &); until echo own | nc 127.0.0.1 9; do :; done 2>/dev/null")
+                == "own\n"
             )
             tool = box.engine.supervisor
             assert tool is not None and tool.tool.account.connections >= 2 and tool.tool.account.bytes_in >= 200_000
