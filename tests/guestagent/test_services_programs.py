@@ -77,6 +77,22 @@ async def test_curl(agent_program: Path, tmp_path: Path, web: tuple[Path, int]) 
     assert said.splitlines()[0] == known and said.splitlines()[-1] == "7"
 
 
+async def test_pythons_requests(agent_program: Path, tmp_path: Path, web: tuple[Path, int]) -> None:
+    has = subprocess.run(["/usr/bin/python3", "-c", "import requests"], capture_output=True, timeout=HOST_DEADLINE_S)  # noqa: ASYNC221
+    if has.returncode:
+        pytest.skip("needs python3-requests on this machine (deploy/install-packages.sh)")
+    script = (
+        "import requests\n"
+        "with requests.Session() as session:\n"
+        f"    print(*(len(session.get('http://{GATEWAY}:{web[1]}/payload', timeout=60).content) for _ in range(3)))\n"
+        f"    try: session.get('http://1.2.3.4/', timeout=60)\n"
+        "    except requests.ConnectionError: print('refused')\n"
+    )
+    async with served(agent_program, tmp_path, tool_policy(f"tcp:{GATEWAY}:{web[1]}")) as agent:
+        code, said = await agent.run("/usr/bin/python3", "-c", script)
+    assert (code, said.split()) == (0, [str(len(PAYLOAD))] * 3 + ["refused"]), said
+
+
 async def test_git_clones_over_http(agent_program: Path, tmp_path: Path, web: tuple[Path, int]) -> None:
     need("git")
     make = (
