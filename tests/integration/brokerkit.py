@@ -9,13 +9,11 @@ from __future__ import annotations
 import contextlib
 import io
 import json
-import os
 import shutil
 import signal
 import subprocess
 import sys
 import tempfile
-import time
 import tomllib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -114,7 +112,10 @@ class World:
         self.host.signal(signal.SIGKILL)
         self.host.process.wait(30)
 
-    def restart_hostd(self) -> None:
+    def restart_hostd(self, **settings: object) -> None:
+        """Once it was killed; with more lines in its hostd.toml."""
+        with (self.host.home / "hostd.toml").open("a") as config:
+            config.writelines(f"{key} = {json.dumps(value)}\n" for key, value in settings.items())
         self.host.start()
         self.fabric.until_state(self.host.name, "READY")
 
@@ -172,15 +173,3 @@ def broker_world(*, reserve_mib: int, **settings: object) -> Iterator[World]:
         assert not list(Path("/sys/fs/cgroup").glob(f"*/{world.cgroup}")), "a cgroup is left"
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-
-
-def now_s() -> float:
-    return time.monotonic()
-
-
-def is_alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    return True

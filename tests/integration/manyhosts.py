@@ -137,12 +137,18 @@ class ManyHosts:
     address: str
     hosts: dict[str, HostProcess] = field(default_factory=dict)
 
-    def run(self, *arguments: str, home: Path | None = None) -> Done:
-        """One command of the operator to its end."""
+    def argv(self, *arguments: str, home: Path | None = None) -> list[str]:
+        """A command line of the operator's."""
         argv = [sys.executable, "-m", "controlplane.cli.main", "--home", str(home or self.folder / "home")]
         if home is None:
             argv += ["--address", self.address, "--tls-dir", str(self.folder / "tls")]
-        done = subprocess.run([*argv, *arguments], stdin=subprocess.DEVNULL, capture_output=True, timeout=240)
+        return [*argv, *arguments]
+
+    def run(self, *arguments: str, home: Path | None = None) -> Done:
+        """One command of the operator to its end."""
+        done = subprocess.run(
+            self.argv(*arguments, home=home), stdin=subprocess.DEVNULL, capture_output=True, timeout=240
+        )
         return Done(done.returncode, done.stdout.decode(errors="replace"), done.stderr.decode(errors="replace"))
 
     def ok(self, *arguments: str, home: Path | None = None) -> str:

@@ -29,6 +29,7 @@ from hostd.drivers.qemu.plan import (
     GuestKernel,
     clone_memory,
     key_of,
+    lacking_template,
     limits_for,
     template_shape,
     unique_layers,
@@ -93,8 +94,8 @@ class Cloner:
         shapes = [
             template_shape(plan, self._kernel, self._accel, with_image=with_image) for with_image in (True, False)
         ]
-        keys = [key_of(shape, self._identity, domain) if shape else "" for shape in shapes]
-        return Fitting(Candidates(*keys), *shapes)
+        image_key, generic_key = (key_of(shape, self._identity, domain) if shape else "" for shape in shapes)
+        return Fitting(Candidates(image_key, generic_key, lacking_template(plan)), *shapes)
 
     def choose(self, plan: StartPlan) -> tuple[Fitting, Choice]:
         """What `plan` is started from now. Has templates made that it would rather be started from."""

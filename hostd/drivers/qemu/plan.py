@@ -81,8 +81,7 @@ def template_shape(plan: StartPlan, kernel: GuestKernel, accel: str, *, with_ima
     resources, layers = plan.spec.resources, unique_layers(plan.layers)
     if not with_image and len(layers) > HOTPLUG_PORTS * FUNCTIONS:
         return None
-    ceiling_mib = ceiling_bucket_mib(resources.memory_max_mib)
-    base_mib = base_ram_mib(ceiling_mib + layers_bucket_mib(sum(layer.size_bytes for layer in layers)))
+    ceiling_mib, base_mib = _template_sizes(plan)
     if resources.memory_min_mib < base_mib:
         return None
     return GuestShape(
@@ -98,6 +97,24 @@ def template_shape(plan: StartPlan, kernel: GuestKernel, accel: str, *, with_ima
         layers=layers if with_image else (),
         hotplug_ports=0 if with_image else HOTPLUG_PORTS,
     )
+
+
+def _template_sizes(plan: StartPlan) -> tuple[int, int]:
+    """Ceiling and base RAM of the template for such a sandbox, in MiB."""
+    ceiling_mib = ceiling_bucket_mib(plan.spec.resources.memory_max_mib)
+    layers_bytes = sum(layer.size_bytes for layer in unique_layers(plan.layers))
+    return ceiling_mib, base_ram_mib(ceiling_mib + layers_bucket_mib(layers_bytes))
+
+
+def lacking_template(plan: StartPlan) -> str:
+    """Why there can be no generic template for it (template_shape), for people; "" when there can be one. Pure."""
+    ceiling_mib, base_mib = _template_sizes(plan)
+    if len(unique_layers(plan.layers)) > HOTPLUG_PORTS * FUNCTIONS:
+        return "the image has more layers than can be hot-plugged"
+    least_mib = plan.spec.resources.memory_min_mib
+    if least_mib >= base_mib:
+        return ""
+    return f"its minimum of {least_mib} MiB is below the {base_mib} MiB in which a template of {ceiling_mib} MiB boots"
 
 
 def key_of(shape: GuestShape, identity: GuestIdentity, domain: str) -> str:

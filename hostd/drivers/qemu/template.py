@@ -77,10 +77,11 @@ def template_key(
 
 @dataclass(frozen=True)
 class Candidates:
-    """The templates that would fit one request: keys, "" when there can be none (too many layers for hot-plug)."""
+    """The templates that would fit one request: keys, "" when there can be none; `lacking` says why no generic one."""
 
     image_key: str
     generic_key: str
+    lacking: str = ""
 
 
 @dataclass(frozen=True)
@@ -105,7 +106,7 @@ def choose(candidates: Candidates, ready: Mapping[str, bool], *, cold: bool) -> 
     if candidates.generic_key and ready.get(candidates.generic_key):
         return Choice(Origin.GENERIC, candidates.generic_key)
     if not candidates.generic_key:
-        return Choice(Origin.COLD, reason="the image has more layers than can be hot-plugged")
+        return Choice(Origin.COLD, reason=candidates.lacking)
     if candidates.generic_key in ready:
         return Choice(Origin.COLD, reason="its template is being made", awaits=candidates.generic_key)
     return Choice(Origin.COLD, reason="its template could not be made a moment ago")

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from hostd.drivers.contract import LayerFile, StartPlan
+from hostd.drivers.qemu.plan import GuestKernel, lacking_template, template_shape
 from hostd.drivers.qemu.template import (
     HOT_WINDOW_S,
     IDLE_S,
@@ -22,6 +25,8 @@ from hostd.drivers.qemu.template import (
     layers_bucket_mib,
     template_key,
 )
+from hostd.spec import Resources
+from tests.contract.driver_suite import spec_of
 
 IDENTITY = GuestIdentity("sha256:k", "sha256:i", "QEMU 7.2", "tcg max")
 
@@ -71,7 +76,7 @@ BOTH = Candidates("i", "g")
         (BOTH, {}, False, Origin.COLD, "could not be made"),
         (BOTH, {"i": False}, False, Origin.COLD, "could not be made"),
         (BOTH, {"i": True, "g": True}, True, Origin.COLD, "--cold"),
-        (Candidates("i", ""), {}, False, Origin.COLD, "more layers"),
+        (Candidates("i", "", "too many layers"), {}, False, Origin.COLD, "too many layers"),
         (Candidates("i", ""), {"i": True}, False, Origin.IMAGE, ""),
     ],
 )
@@ -108,3 +113,22 @@ def test_only_idle_templates_without_clones_go_oldest_first() -> None:
     assert evictable(uses, 10.0 + IDLE_S, pressed=False) == ["old"]
     assert evictable(uses, 101.0, pressed=True) == ["old", "young"]
     assert evictable(uses, 9.0, pressed=False) == []
+
+
+@pytest.mark.parametrize(
+    ("least_mib", "layers", "why"),
+    [
+        (160, 1, ""),
+        (140, 1, "its minimum of 140 MiB is below the 152 MiB in which a template of 1024 MiB boots"),
+        (160, 99, "more layers than can be hot-plugged"),
+    ],
+)
+def test_a_cold_boot_says_what_kept_it_from_a_template(least_mib: int, layers: int, why: str) -> None:
+    files = tuple(LayerFile(Path(f"/{n}"), 2 << 20, n.to_bytes(16, "big"), 0) for n in range(layers))
+    plan = StartPlan(spec_of("one", Resources(least_mib, 1000, least_mib, 1000)), files, 1, Path("/run/one"))
+    found = lacking_template(plan)
+    assert why in found and bool(found) == bool(why)
+    shape = template_shape(
+        plan, GuestKernel("6", "sha256:k", "sha256:i", Path("/k"), Path("/i"), 0), "tcg", with_image=False
+    )
+    assert (shape is None) == bool(why)
