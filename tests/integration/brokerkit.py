@@ -1,6 +1,6 @@
 """One real host under a memory budget of its own, for tests of its broker: real guests, real containers, the command.
 
-The budget is hostd's `memory_budget_mib`: the cgroup that holds its sandboxes stands for the host. A `Hog` takes memory
+The budget is hostd's `memory_budget_mib`: the cgroup that holds its sandboxes stands for the host. A hog takes memory
 in that cgroup beside the sandboxes, so that the host itself becomes short whenever a test wants it to.
 """
 
@@ -24,6 +24,7 @@ import pytest
 
 from controlplane.cli.main import main
 from hostd.cgroups import Hierarchy
+from hostd.memory.pressure import HostSense
 from tests.hostd.busybox import busybox, rootfs_tar
 from tests.integration.fabric import Done, belongings, until
 from tests.integration.manyhosts import HostProcess, ManyHosts, is_root, many_hosts
@@ -100,12 +101,12 @@ class World:
         """A sandbox that runs, waits, and holds what hold() has it hold."""
         self.ok("run", "-d", "--name", name, "--memory", memory, *options, "tiny", "--", "sleep", "9999999")
 
-    def hold(self, name: str, mib: int) -> None:
-        """Has it use so much, in files in memory."""
-        self.ok("exec", name, "--", "sh", "-c", f"head -c {mib << 20} /dev/zero > /tmp/held")
+    def hold(self, name: str, mib: int, path: str = "/tmp/held") -> None:
+        """Has it use so much, in a file in its memory."""
+        self.ok("exec", name, "--", "sh", "-c", f"head -c {mib << 20} /dev/zero > {path}")
 
-    def free(self, name: str) -> None:
-        self.ok("exec", name, "--", "sh", "-c", ": > /tmp/held")
+    def free(self, name: str, path: str = "/tmp/held") -> None:
+        self.ok("exec", name, "--", "sh", "-c", f": > {path}")
 
     def kill_hostd(self) -> None:
         assert self.host.process is not None
@@ -119,14 +120,22 @@ class World:
         self.host.start()
         self.fabric.until_state(self.host.name, "READY")
 
+    def _setting(self, key: str) -> Any:
+        return tomllib.loads((self.host.home / "hostd.toml").read_text())[key]
+
     @property
     def cgroup(self) -> str:
-        return str(tomllib.loads((self.host.home / "hostd.toml").read_text())["cgroup"])
+        return str(self._setting("cgroup"))
+
+    @property
+    def budget_mib(self) -> int:
+        return int(self._setting("memory_budget_mib"))
 
     @contextlib.contextmanager
-    def hog(self, mib: int) -> Iterator[None]:
-        """Something that is no sandbox takes so much of the budget."""
+    def hog_all_but(self, left_mib: int) -> Iterator[None]:
+        """Something that is no sandbox takes all of the budget that is available now, but for `left_mib`."""
         hierarchy = Hierarchy.probe(name=self.cgroup)
+        mib = HostSense(hierarchy, self.budget_mib)().available_mib - left_mib
         folder = hierarchy.roots["" if hierarchy.version == 2 else "memory"] / "hog"
         folder.mkdir()
         argv = [sys.executable, "-c", HOLD_MIB, str(mib)]
