@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from controlplane import rules
 from controlplane.api.status import Condition
 from controlplane.api.v1 import sandboxes_pb2
-from controlplane.cli import attachment, lookup, network, sizes
+from controlplane.cli import attachment, lookup, network, ports, sizes
 from controlplane.cli.command import Command, Shell
 from controlplane.cli.connection import CALL_S, Fabric, calling
 from controlplane.cli.console import Console
@@ -218,7 +218,7 @@ async def _run(fabric: Fabric, options: RunOptions, shell: Shell) -> int:
             shell.say(f"sandloom: {lookup.waits_for(sandbox)}")
         to = attachment.Attachment(sandbox.uid, sandbox.name, process.stdin, process.tty, from_start=True)
         try:
-            async with _starting(fabric, sandbox, console, shell):
+            async with _starting(fabric, sandbox, console, shell), ports.telling(fabric, sandbox, shell.say):
                 ended = await attachment.follow(fabric, to, console, shell.say)
         except BrokenPipeError:  # nobody reads what it says: as in a pipe on one machine, it is to end
             await _end(fabric, sandbox, options)
@@ -246,6 +246,7 @@ async def _detached(fabric: Fabric, options: RunOptions, shell: Shell) -> int:
         return 0
     if now.status.phase == sandboxes_pb2.FAILED:
         raise lookup.failure_of(now)
+    await ports.tell(fabric, now, shell.say)
     if now.status.has_exit_code and now.status.exit_code in COULD_NOT_RUN and now.status.message:
         return told(Exited(now.status.exit_code, now.status.message), " ".join(options.process.program), shell)
     return 0

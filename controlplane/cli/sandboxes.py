@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +11,7 @@ from google.protobuf.duration_pb2 import Duration
 
 from controlplane.api.status import Condition
 from controlplane.api.v1 import sandboxes_pb2
-from controlplane.cli import lookup, sizes
+from controlplane.cli import lookup, ports, sizes
 from controlplane.cli.command import Command, Shell, add_output
 from controlplane.cli.connection import CALL_S, Fabric, calling
 from controlplane.cli.errors import EXIT_RUN_FAILED, CliError
@@ -86,8 +86,8 @@ def class_text(sandbox: Sandbox) -> str:
     return "" if not named else sandboxes_pb2.SandboxClass.Name(named).lower().replace("_", "-")
 
 
-def columns(now_s: float) -> tuple[Column[Sandbox], ...]:
-    """The columns of `ps`."""
+def columns(now_s: float, chosen: Mapping[str, Sequence[str]]) -> tuple[Column[Sandbox], ...]:
+    """The columns of `ps`; `chosen`: the ports that hosts chose, by uid."""
     return (
         Column("NAME", lambda row: row.name),
         Column("UID", lambda row: row.uid, wide=True),
@@ -100,6 +100,7 @@ def columns(now_s: float) -> tuple[Column[Sandbox], ...]:
         Column("CPUS", lambda row: sizes.format_cpus(row.spec.resources.cpu_milli), right=True),
         Column("HOST", lambda row: row.assignment.host),
         Column("AGE", lambda row: _age(row.created_at, now_s), right=True),
+        Column("PORTS", lambda row: ",".join(chosen.get(row.uid) or row.spec.services.publish), wide=True),
         Column("CLASS", class_text, wide=True),
         Column("PRIORITY", lambda row: str(row.spec.priority), wide=True, right=True),
         Column("ACCEL", lambda row: row.status.accel, wide=True),
@@ -110,8 +111,12 @@ def columns(now_s: float) -> tuple[Column[Sandbox], ...]:
 
 
 def act_ps(options: PsOptions, shell: Shell) -> int:
-    rows = shell.over(lambda fabric: lookup.list_sandboxes(fabric, ended=options.ended))
-    shell.printer.listing(rows, columns(shell.now_s()), name=lambda row: row.name, data=plain)
+    async def ask(fabric: Fabric) -> tuple[list[Sandbox], Mapping[str, Sequence[str]]]:
+        rows = await lookup.list_sandboxes(fabric, ended=options.ended)
+        return rows, await ports.by_uid(fabric, rows) if shell.printer.form == "wide" else {}
+
+    rows, chosen = shell.over(ask)
+    shell.printer.listing(rows, columns(shell.now_s(), chosen), name=lambda row: row.name, data=plain)
     if not rows and shell.printer.form in ("table", "wide"):
         shell.say("none here" if options.ended else "none is running; `sandloom ps -a` also lists those that ended")
     return 0

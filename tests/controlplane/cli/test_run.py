@@ -65,6 +65,25 @@ def test_a_field_at_fault_is_named_as_its_option(fabric: FakeFabric, cli: Cli) -
     assert done.err.startswith("sandloom: cannot run debian: --cpus: 1000 CPUs are above 64, the most there are")
 
 
+@pytest.mark.parametrize("detach", [(), ("-d",)], ids=["attached", "detached"])
+def test_a_port_that_the_host_chose_is_told(fabric: FakeFabric, cli: Cli, detach: tuple[str, ...]) -> None:
+    def program(process: FakeProcess) -> int:
+        until(lambda: any(name == "GetServiceUsage" for name, _ in fabric.calls))
+        over.wait(0 if not detach else 60)
+        return 0
+
+    over = threading.Event()
+    fabric.programs["p"] = program
+    fabric.service_usage = sandboxes_pb2.ServiceUsage(published=["127.0.0.1:43210:8000/tcp"])
+    done = cli("run", *detach, "--name", "box", "-p", "127.0.0.1:0:8000", "debian", "--", "p")
+    assert done.code == 0 and "box is published at 127.0.0.1:43210:8000/tcp" in done.err, done
+    if detach:
+        assert " 127.0.0.1:43210:8000/tcp " in cli.ok("ps", "-o", "wide")
+        fabric.service_usage = None  # its host is away: what was asked for is what can be said
+        assert " 127.0.0.1:0:8000/tcp " in cli.ok("ps", "-o", "wide")
+    over.set()
+
+
 def test_what_cannot_be_run_is_127_and_named(fabric: FakeFabric, cli: Cli) -> None:
     done = cli("run", "debian", "--", "no-such-program")
     assert (done.code, done.out) == (127, "")
