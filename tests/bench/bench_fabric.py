@@ -158,11 +158,11 @@ def packed(name: str) -> bytes:
 
 
 async def made(many: Any, pack: bytes) -> None:
-    """One call, all of whose sandboxes were placed."""
+    """One call, all of whose sandboxes were made."""
     answer = sandboxes_pb2.CreateSandboxesResponse.FromString(await many(pack))
-    phases = [outcome.sandbox.status.phase for outcome in answer.outcomes]
-    if phases != [sandboxes_pb2.SCHEDULED] * PACK:
-        raise CannotMeasure(f"not all of a call's {PACK} creates were made and placed: {phases}")
+    refused = [outcome.error for outcome in answer.outcomes if not outcome.HasField("sandbox")]
+    if refused or len(answer.outcomes) != PACK:
+        raise CannotMeasure(f"{len(refused)} of a call's {PACK} creates were refused: {refused[:1]}")
 
 
 async def failovers(folder: Path, store: EtcdStore, certificates: Certificates, figures: Figures) -> None:
