@@ -1,11 +1,12 @@
-"""What the host asks of a guest's elastic memory and vCPUs (PROTOCOL.md, kinds 15 to 18), checked when it is built."""
+"""What the host asks of a guest that runs: its elastic memory, vCPUs and clock (PROTOCOL.md, kinds 15 to 18 and 21),
+checked when it is built."""
 
 from __future__ import annotations
 
 from dataclasses import astuple, dataclass
 from typing import ClassVar
 
-from guestagent.messages import MAX_BLOCKS, MAX_VCPUS, U32_MAX, Kind, require_uint
+from guestagent.messages import MAX_BLOCKS, MAX_VCPUS, U32_MAX, U64_MAX, Kind, require_uint
 
 
 @dataclass(frozen=True)
@@ -74,4 +75,19 @@ class SetCpus:
         return astuple(self)
 
 
-ElasticRequest = SetBalloon | MoreRuns | BalloonDone | SetCpus
+@dataclass(frozen=True)
+class SetClock:
+    """Have CLOCK_REALTIME show `time_unix_ns`. EOPNOTSUPP where the kernel is not the sandbox's own."""
+
+    time_unix_ns: int
+    kind: ClassVar[Kind] = Kind.CLOCK
+
+    def __post_init__(self) -> None:
+        require_uint(self.time_unix_ns, "time_unix_ns", U64_MAX >> 1, 1)
+
+    def fields(self) -> tuple[int, ...]:
+        """As the message has them."""
+        return astuple(self)
+
+
+ElasticRequest = SetBalloon | MoreRuns | BalloonDone | SetCpus | SetClock

@@ -59,6 +59,7 @@ class Kind(IntEnum):
     BALLOON_DONE = 17
     CPUS = 18
     SERVICES = 20
+    CLOCK = 21
     REHEARSE = 30
     REPLY = 64
     OUTPUT = 65

@@ -16,7 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from guestagent.elastic import ElasticRequest
+from guestagent.elastic import ElasticRequest, SetClock
 from guestagent.errors import AgentError, BadRequest, GuestRefused, ProtocolError, WindowFull
 from guestagent.messages import (
     AgentEvent,
@@ -249,6 +249,13 @@ class AgentLink:
             await self.request(lambda session: session.renew(renew))
         except GuestRefused as refusal:
             raise StartFailed(f"the copy could not be made its own: {refusal}", reason="RenewFailed") from refusal
+
+    async def clock(self, time_unix_ns: int) -> None:
+        """Sets the guest's clock, for what runs in it, too. AgentLost, also when the guest refuses."""
+        try:
+            await self.elastic(SetClock(time_unix_ns), REPLY_DEADLINE_S)
+        except GuestRefused as refusal:
+            raise AgentLost(f"the clock cannot be set: {refusal}", reason="AgentRefused") from refusal
 
     async def spawn(self, start: StartProcess) -> AgentProcess:
         """Starts a process. CommandFailed (127 not found, 126 cannot be run) with the guest's words. Cancelled, or

@@ -16,10 +16,11 @@ import zstandard
 from hostd.errors import KernelMissing
 
 WANTED = (
-    "virtio_pci", "virtio_console", "virtio_pmem", "nd_pmem", "erofs", "overlay", "virtio_mem", "tun", "virtio_blk",
+    "virtio_pci", "virtio_console", "virtio_pmem", "nd_pmem", "erofs", "overlay", "virtio_mem", "tun", "fuse",
+    "virtio_blk",
 )  # fmt: skip
-"""What a guest needs beyond what Debian's cloud kernel has built in; tun is for `sockets: tool`, virtio_blk serves the
-benchmark's peer."""
+"""What a guest needs beyond what Debian's cloud kernel has built in; tun is for `sockets: tool`, fuse for files that
+somebody else than the kernel answers for, virtio_blk serves the benchmark's peer."""
 
 CRYPTO_PROVIDERS = {"libcrc32c": ("crc32c_generic",), "crc32c": ("crc32c_generic",)}
 """A module that asks the crypto API for an algorithm by name: nobody is there in the guest to modprobe it."""

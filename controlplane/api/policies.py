@@ -31,7 +31,7 @@ _KERNEL_ONLY = (Answerer.KERNEL,)
 _ALL = (Answerer.KERNEL, Answerer.TOOL, Answerer.DENY)
 
 SERVABLE: dict[str, dict[Service, tuple[Answerer, ...]]] = {
-    "guest-kernel": {Service.SOCKETS: _ALL, Service.DNS: _ALL},
+    "guest-kernel": {Service.SOCKETS: _ALL, Service.DNS: _ALL, Service.TIME: _ALL, Service.SYSVIEW: _ALL},
     "user-kernel": {},
     "host-kernel": {Service.SOCKETS: _ALL, Service.DNS: _ALL},
 }
@@ -58,7 +58,8 @@ def require_servable(class_name: str, policy: ServicePolicy, *, veth: bool = Fal
 
 
 def parse_policy(message: sandboxes_pb2.ServicePolicy, default: ServicePolicy = ALL_KERNEL) -> ServicePolicy:
-    """The policy; what the message leaves open is as in `default`, its rules too when sockets are left open.
+    """The policy; what the message leaves open is as in `default`, its rules too when sockets are left open, its clock
+    when time is.
 
     PolicyError says what is wrong."""
     policy = default
@@ -66,15 +67,20 @@ def parse_policy(message: sandboxes_pb2.ServicePolicy, default: ServicePolicy = 
         policy = replace(default, sockets=Answerer.KERNEL, dns=Answerer.KERNEL, allow=(), publish=())
     rules = tuple(map(parse_allow, message.allow)) or policy.allow
     published = tuple(map(parse_publish, message.publish)) or policy.publish
+    if message.time:
+        policy = replace(policy, time=Answerer.KERNEL, time_offset_ms=0)
+    offset_ms = message.time_offset_ms or policy.time_offset_ms
     answerers = {service.value: _answerer(service, message, policy) for service in Service}
     withdrawn = tuple(_service(name) for name in message.withdrawn) or policy.withdrawn
-    return ServicePolicy(**answerers, allow=rules, publish=published, withdrawn=withdrawn)
+    return ServicePolicy(**answerers, allow=rules, publish=published, withdrawn=withdrawn, time_offset_ms=offset_ms)
 
 
 def parse_change(message: sandboxes_pb2.ServicePolicy, *, replace_allow: bool) -> ServiceChange:
     """What SetServices asks for. PolicyError."""
     if message.publish:
         raise PolicyError("published ports cannot change while it runs: create it anew with other ones")
+    if message.time_offset_ms:
+        raise PolicyError("a clock's offset cannot change while it runs: create it anew with another one")
     if message.allow and not replace_allow:
         raise PolicyError("rules are replaced, never added to: set replace_allow, and give all of them")
     wished = [(service, getattr(message, service.value)) for service in Service]
@@ -110,4 +116,5 @@ def render_policy(policy: ServicePolicy) -> sandboxes_pb2.ServicePolicy:
         withdrawn=[service.value for service in policy.withdrawn],
         allow=[str(rule) for rule in policy.allow],
         publish=[str(port) for port in policy.publish],
+        time_offset_ms=policy.time_offset_ms,
     )

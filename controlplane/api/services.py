@@ -17,6 +17,7 @@ from __future__ import annotations
 import ipaddress
 import re
 from dataclasses import dataclass
+from datetime import datetime
 from enum import Enum
 from functools import cache
 
@@ -24,11 +25,15 @@ from controlplane.api.errors import PolicyError
 
 GATEWAY, GATEWAY_V6 = "100.64.0.1", "fd73:616e:646c::1"
 SANDBOX, SANDBOX_V6 = "100.64.0.2", "fd73:616e:646c::2"
+MAX_TIME_OFFSET_MS = 50 * 365 * 86_400_000
+"""Fifty years, so that no clock comes before 1970 or near its end."""
 MAX_RULES, MAX_PUBLISHED, MAX_PORT = 256, 64, 65535
 
 IPAddress = ipaddress.IPv4Address | ipaddress.IPv6Address
 _LABEL = r"[a-z0-9_]([a-z0-9_-]{0,61}[a-z0-9_])?"
 _NAME = re.compile(rf"(?=.{{1,253}}\Z)(\*\.)?({_LABEL}\.)*{_LABEL}")
+_OFFSET = re.compile(r"[+-](?:[0-9]{1,9}[wdhms])+", re.ASCII)
+_UNITS_MS = {"w": 604_800_000, "d": 86_400_000, "h": 3_600_000, "m": 60_000, "s": 1000}
 _PORTS = re.compile(r"([0-9]{1,5})(?:-([0-9]{1,5}))?", re.ASCII)
 
 
@@ -142,6 +147,8 @@ class ServicePolicy:
     publish: tuple[Publish, ...] = ()
     withdrawn: tuple[Service, ...] = ()
     """Whose tool refuses everything since it was denied while the sandbox ran (controlplane/api/servicechange.py)."""
+    time_offset_ms: int = 0
+    """What its clock shows beyond the host's, by `time: tool`."""
 
     def __post_init__(self) -> None:
         if any(self.of(service) is not Answerer.TOOL for service in self.withdrawn):
@@ -155,6 +162,10 @@ class ServicePolicy:
             raise PolicyError("a rule by name needs dns: tool, which learns the name's addresses")
         if len(self.allow) > MAX_RULES or len(self.publish) > MAX_PUBLISHED:
             raise PolicyError(f"at most {MAX_RULES} rules and {MAX_PUBLISHED} published ports")
+        if self.time_offset_ms and self.time is not Answerer.TOOL:
+            raise PolicyError("a clock that differs from the host's needs time: tool")
+        if abs(self.time_offset_ms) > MAX_TIME_OFFSET_MS:
+            raise PolicyError(f"a clock {self.time_offset_ms} ms from the host's: 50 years is the most")
         places = [(p.transport, p.host_address, p.host_port) for p in self.publish if p.host_port]
         if len(set(places)) < len(places):
             raise PolicyError("two published ports listen at the same place of the host")
@@ -244,6 +255,26 @@ def parse_publish(text: str) -> Publish:
         raise PolicyError(f"{text!r} is no published port: write 8080:80, 0.0.0.0:8080:80 or 5353:53/udp")
     address = address.removeprefix("[").removesuffix("]") or "127.0.0.1"
     return Publish(int(host_port), int(port), parse_transport(transport or "tcp"), address)
+
+
+def parse_time_offset(text: str, now_s: float) -> int:
+    """`+3h`, `-1d12h`, or the moment at which the clock begins now (2027-01-01T00:00:00Z), as milliseconds from
+    `now_s` (since 1970). PolicyError says what is wrong."""
+    if _OFFSET.fullmatch(text):
+        parts = re.findall(r"([0-9]+)([wdhms])", text)
+        offset_ms = sum(int(count) * _UNITS_MS[unit] for count, unit in parts) * (-1 if text.startswith("-") else 1)
+    else:
+        try:
+            moment = datetime.fromisoformat(text)
+            if moment.tzinfo is None:
+                raise ValueError("it names no time zone")
+        except ValueError as error:
+            example = "write -1d, +3h30m or 2027-01-01T00:00:00Z"
+            raise PolicyError(f"{text!r} is no offset and no moment: {example}") from error
+        offset_ms = round((moment.timestamp() - now_s) * 1000)
+    if abs(offset_ms) > MAX_TIME_OFFSET_MS:
+        raise PolicyError(f"{text} is more than 50 years from now")
+    return offset_ms
 
 
 def parse_answerer(text: str) -> Answerer:

@@ -44,7 +44,8 @@ enum role {
     ROLE_TUN,
     ROLE_SERVICES,
     ROLE_FLOW,
-    ROLE_RUNTIME
+    ROLE_RUNTIME,
+    ROLE_VIEW
 };
 
 enum proc_state { PROC_FREE, PROC_STARTING, PROC_RUNNING, PROC_EXITED };
@@ -220,8 +221,10 @@ void layers_unmount(void);
 int world_start(struct agent *agent);
 int world_resize(struct agent *agent);
 pid_t world_fork_apart(struct agent *agent);
+pid_t world_fork_beside(struct agent *agent);
 void world_kill(struct agent *agent);
 void world_leave(struct agent *agent); /* at the end, on a build machine */
+int clock_set(struct agent *agent, uint64_t unix_ns);
 int identity_kernel(struct agent *agent, const struct configure *configure);
 int identity_resolver(struct agent *agent); /* resolv.conf names the host's */
 int identity_files(struct agent *agent);    /* in PREPARE: with nobody's names in them */

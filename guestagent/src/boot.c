@@ -9,6 +9,7 @@
 #include <unistd.h>
 
 #include "agent.h"
+#include "services.h"
 
 enum { ORDER_BYTES = 4096, PORT_DEADLINE_MS = 60000 };
 
@@ -79,6 +80,7 @@ void boot(struct agent *agent) {
     standard_files();
     freezer_open(agent);
     reboot(RB_DISABLE_CAD);
+    viewing_measure(agent);
     /* Before virtio_mem comes: what is plugged shall be free to be unplugged, so never kernel memory. */
     write_once("/sys/devices/system/memory/auto_online_blocks", "online_movable");
     load_modules();

@@ -5,6 +5,7 @@
 #include <unistd.h>
 
 #include "agent.h"
+#include "services.h"
 
 enum { MAX_CPUS = 256, RETRY_MS = 5 };
 
@@ -66,6 +67,7 @@ int cpus_begin(struct agent *agent, const struct message *message) {
     }
     agent->cpus.id = message->id;
     agent->cpus.wanted = message->of.cpus.count;
+    viewing_granted(agent, agent->cpus.wanted);
     agent->cpus.retry_ms = now_ms();
     agent->cpus.deadline_ms = agent->cpus.retry_ms + message->of.cpus.deadline_ms;
     return 0;

@@ -157,6 +157,9 @@ static int request(struct agent *agent, const struct message *message) {
         return services_begin(agent, message);
     case KIND_THAW:
         return thaw(agent);
+    case KIND_CLOCK:
+        return agent->configured ? clock_set(agent, message->of.time_unix_ns)
+                                 : because(agent, EAGAIN, "CONFIGURE comes first", "");
     case KIND_RENEW:
         return renew(agent, &message->of.configure);
     case KIND_BALLOON:

@@ -10,7 +10,6 @@
 #include <sys/socket.h>
 #include <sys/stat.h>
 #include <sys/syscall.h>
-#include <time.h>
 #include <unistd.h>
 
 #include "agent.h"
@@ -46,14 +45,13 @@ int loopback_up(void) {
 }
 
 int identity_kernel(struct agent *agent, const struct configure *configure) {
-    struct timespec now = {.tv_sec = (time_t)(configure->time_unix_ns / 1000000000),
-                           .tv_nsec = (long)(configure->time_unix_ns % 1000000000)};
     int error = credit_entropy(&configure->entropy);
     if (error) {
         return because(agent, error, "entropy", "");
     }
-    if (clock_settime(CLOCK_REALTIME, &now) < 0) {
-        return because(agent, errno, "clock", "");
+    error = clock_set(agent, configure->time_unix_ns);
+    if (error) {
+        return error;
     }
     if (sethostname(configure->hostname.data, configure->hostname.size) < 0) {
         return because(agent, errno, "hostname", "");

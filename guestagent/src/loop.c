@@ -106,6 +106,9 @@ static void take(struct agent *agent, const struct epoll_event *event) {
     case ROLE_RUNTIME:
         host_ready(agent, slot);
         break;
+    case ROLE_VIEW:
+        viewing_ready(agent);
+        break;
     case ROLE_PORT: /* read and written on every turn, see below */
     case ROLE_LISTENER:
         break;

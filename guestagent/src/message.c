@@ -211,6 +211,8 @@ static const char *parse_fields(const msgpack_object *at, struct message *to) {
                    : "CPUS: count or deadline_ms";
     case KIND_SERVICES:
         return at[0].type == MSGPACK_OBJECT_MAP ? parse_services(&at[0], &to->of.services) : "SERVICES";
+    case KIND_CLOCK:
+        return take_uint(&at[0], 1, INT64_MAX, &to->of.time_unix_ns) ? NULL : "CLOCK: time_unix_ns";
     case KIND_STATS:
     case KIND_THAW:
     case KIND_BALLOON_DONE:
@@ -266,6 +268,7 @@ static int field_count(enum kind kind) {
     case KIND_REHEARSE:
     case KIND_BALLOON_RUNS:
     case KIND_SERVICES:
+    case KIND_CLOCK:
         return 1;
     case KIND_SIGNAL:
     case KIND_CPUS:

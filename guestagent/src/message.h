@@ -48,6 +48,7 @@ enum kind {
     KIND_BALLOON_DONE = 17,
     KIND_CPUS = 18,
     KIND_SERVICES = 20,
+    KIND_CLOCK = 21,
     KIND_REHEARSE = 30,
     KIND_REPLY = 64,
     KIND_OUTPUT = 65,
@@ -111,7 +112,7 @@ struct message {
         struct {
             uint64_t count, deadline_ms;
         } cpus;
-        uint64_t grace_ms, deadline_ms;
+        uint64_t grace_ms, deadline_ms, time_unix_ns;
     } of;
 };
 

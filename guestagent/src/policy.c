@@ -14,6 +14,18 @@ static const struct served served_calls[] = {
     {SYS_socket, SERVICE_SOCKETS, ANSWER_DENY, 0, AF_INET6},
     {SYS_socket, SERVICE_SOCKETS, ANSWER_DENY, 0, AF_PACKET},
     {SYS_socket, SERVICE_SOCKETS, ANSWER_DENY, 0, AF_VSOCK},
+    {SYS_sysinfo, SERVICE_SYSVIEW, ANSWER_TOOL, NO_ARGUMENT, 0},
+    {SYS_sched_getaffinity, SERVICE_SYSVIEW, ANSWER_TOOL, NO_ARGUMENT, 0},
+    {SYS_sysinfo, SERVICE_SYSVIEW, ANSWER_DENY, NO_ARGUMENT, 0},
+    {SYS_sched_getaffinity, SERVICE_SYSVIEW, ANSWER_DENY, NO_ARGUMENT, 0},
+    {SYS_clock_settime, SERVICE_TIME, ANSWER_TOOL, NO_ARGUMENT, 0},
+    {SYS_settimeofday, SERVICE_TIME, ANSWER_TOOL, NO_ARGUMENT, 0},
+    {SYS_adjtimex, SERVICE_TIME, ANSWER_TOOL, NO_ARGUMENT, 0},
+    {SYS_clock_adjtime, SERVICE_TIME, ANSWER_TOOL, NO_ARGUMENT, 0},
+    {SYS_clock_settime, SERVICE_TIME, ANSWER_DENY, NO_ARGUMENT, 0},
+    {SYS_settimeofday, SERVICE_TIME, ANSWER_DENY, NO_ARGUMENT, 0},
+    {SYS_adjtimex, SERVICE_TIME, ANSWER_DENY, NO_ARGUMENT, 0},
+    {SYS_clock_adjtime, SERVICE_TIME, ANSWER_DENY, NO_ARGUMENT, 0},
 };
 enum { ROWS = sizeof(served_calls) / sizeof(served_calls[0]) };
 

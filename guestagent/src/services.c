@@ -26,7 +26,8 @@ bool services_open(struct agent *agent) {
     for (uint32_t slot = 0; slot < MAX_LISTENERS; slot++) {
         services->listeners[slot].fd = -1;
     }
-    return services->mux.rx != NULL && services->mux.tx != NULL && services->flows != NULL;
+    return viewing_open(agent) && services->mux.rx != NULL && services->mux.tx != NULL &&
+           services->flows != NULL;
 }
 
 bool services_connected(const struct agent *agent) {
@@ -94,6 +95,9 @@ int services_begin(struct agent *agent, const struct message *message) {
     }
     if (error == 0 && policy.who[SERVICE_DNS] == ANSWER_TOOL && !services->configured && agent->in_guest) {
         error = identity_resolver(agent);
+    }
+    if (error == 0 && policy.who[SERVICE_SYSVIEW] != ANSWER_KERNEL) {
+        error = viewing_begin(agent, policy.who[SERVICE_SYSVIEW] == ANSWER_DENY);
     }
     if (error) {
         return error;

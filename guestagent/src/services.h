@@ -11,6 +11,7 @@
 #include "mux.h"
 #include "policy.h"
 #include "supervise.h"
+#include "viewing.h"
 
 enum {
     MAX_LISTENERS = MAX_PROCS,
@@ -70,6 +71,7 @@ struct services {
     struct flow *flows; /* MAX_FLOWS */
     uint32_t flow_end;  /* slots of ours in use are below it */
     uint32_t serial;
+    struct viewing viewing;
 };
 
 /* services.c */
@@ -116,6 +118,9 @@ int host_tell_calls(const char *who);
 void datagram_ready(struct agent *agent);
 void datagram_take(struct agent *agent, const struct mux_frame *frame);
 void datagram_refuse(struct agent *agent, const struct flow *flow, int error);
+
+/* clock.c */
+void clock_serve(struct agent *agent, const struct call *call);
 
 /* network.c */
 int network_up(struct agent *agent); /* 0 or an errno, with a reason */

@@ -80,6 +80,10 @@ static void serve(struct agent *agent, const struct call *call) {
         return;
     }
     agent->services->decisions[why->service][why->answerer]++;
+    if (why->service == SERVICE_TIME) { /* whoever answers: it reads, and never sets */
+        clock_serve(agent, call);
+        return;
+    }
     if (why->answerer == ANSWER_DENY) {
         call_error(call, EACCES);
         services_refused(agent, call, (enum service)why->service);
@@ -88,6 +92,9 @@ static void serve(struct agent *agent, const struct call *call) {
     switch (why->service) {
     case SERVICE_SOCKETS:
         connect_serve(agent, call);
+        break;
+    case SERVICE_SYSVIEW:
+        viewing_serve(agent, call);
         break;
     default:
         call_error(call, ENOSYS);
@@ -135,21 +142,54 @@ bool call_read(const struct call *call, uint64_t address, void *to, size_t size)
     return process_vm_readv(call->thread, &ours, 1, &theirs, 1, 0) == (ssize_t)size && call_alive(call);
 }
 
-/* The process of a thread: pidfds are of processes. */
-static pid_t process_of(pid_t thread) {
-    char path_buffer[48], status[512];
+static int open_of(const struct call *call, const char *name, int flags) {
+    char buffer[48];
     struct text path;
-    uint64_t process = 0;
-    text_init(&path, path_buffer, sizeof(path_buffer));
+    text_init(&path, buffer, sizeof(buffer));
     text_add(&path, "/proc/");
-    text_add_u64(&path, (uint64_t)thread);
-    text_add(&path, "/status");
-    int fd = open(path.data, O_RDONLY | O_CLOEXEC);
-    ssize_t size = fd < 0 ? -1 : read(fd, status, sizeof(status) - 1);
+    text_add_u64(&path, (uint64_t)call->thread);
+    text_add(&path, name);
+    return open(path.data, flags | O_CLOEXEC);
+}
+
+/* By a descriptor of the caller's memory that was opened while it waited: no number is used again meanwhile.
+ */
+bool call_write(const struct call *call, uint64_t address, const void *from, size_t size) {
+    int fd = open_of(call, "/mem", O_WRONLY);
+    bool done = fd >= 0 && call_alive(call) && pwrite(fd, from, size, (off_t)address) == (ssize_t)size;
+    if (fd >= 0) {
+        close(fd);
+    }
+    return done;
+}
+
+bool call_status(const struct call *call, char *status, size_t room) {
+    int fd = open_of(call, "/status", O_RDONLY);
+    ssize_t size = fd < 0 ? -1 : read(fd, status, room - 1);
     if (fd >= 0) {
         close(fd);
     }
     status[size > 0 ? size : 0] = '\0';
+    return size > 0 && call_alive(call);
+}
+
+bool call_is_of_world(const struct call *call) {
+    char status[4096];
+    const char *at = call_status(call, status, sizeof(status)) ? strstr(status, "\nNSpid:") : NULL;
+    size_t numbers = 0;
+    for (; at != NULL && at[1] != '\n' && at[1] != '\0'; at++) {
+        numbers += at[1] == '\t';
+    }
+    return numbers == 2; /* ours and the workload's */
+}
+
+/* The process of a thread: pidfds are of processes. */
+static pid_t process_of(const struct call *call) {
+    char status[512];
+    uint64_t process = 0;
+    if (!call_status(call, status, sizeof(status))) {
+        return 0;
+    }
     const char *at = strstr(status, "\nTgid:\t"); /* a name cannot hold a line's end: it is escaped */
     if (at == NULL || !parse_u64(at + 7, strcspn(at + 7, "\n"), &process)) {
         return 0;
@@ -160,7 +200,7 @@ static pid_t process_of(pid_t thread) {
 int call_take_fd(const struct call *call, int fd) {
     int process = (int)syscall(SYS_pidfd_open, call->thread, 0);
     if (process < 0) {
-        pid_t leader = process_of(call->thread);
+        pid_t leader = process_of(call);
         process = leader > 0 ? (int)syscall(SYS_pidfd_open, leader, 0) : -1;
     }
     if (process < 0) {

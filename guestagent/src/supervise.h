@@ -43,7 +43,13 @@ void supervise_ready(struct agent *agent, uint32_t slot, uint32_t events);
 bool call_read(const struct call *call, uint64_t address, void *to, size_t size);
 /* A duplicate of the caller's descriptor, close-on-exec; -1 with errno (EBADF: it has none such). */
 int call_take_fd(const struct call *call, int fd);
+/* Writes to the caller's memory; false when it cannot be written, or the caller is gone. */
+bool call_write(const struct call *call, uint64_t address, const void *from, size_t size);
 bool call_alive(const struct call *call);
+/* The caller's /proc/PID/status, as much as there is room for, NUL at its end; false when it is gone. */
+bool call_status(const struct call *call, char *status, size_t room);
+/* Whether it lives in the workload's PID namespace, not in one below: numbers of processes mean the same. */
+bool call_is_of_world(const struct call *call);
 
 void call_value(const struct call *call, int64_t value);
 void call_error(const struct call *call, int error);

@@ -232,14 +232,18 @@ static int own_pid_namespace(void) {
     return failed;
 }
 
-/* A child in a PID namespace of its own beside the workload's, which sees nothing of it: neither a process
- * nor a number that was used. When this child ends, the kernel has ended all that it made. */
-pid_t world_fork_apart(struct agent *agent) {
-    errno = own_pid_namespace(); /* from where one can be made */
+static pid_t plain_fork(const struct agent *agent) {
+    (void)agent;
+    return fork();
+}
+
+/* From where a PID namespace can be made, too. */
+static pid_t fork_outside(struct agent *agent, pid_t (*how)(const struct agent *)) {
+    errno = own_pid_namespace();
     if (errno != 0) {
         return -1;
     }
-    pid_t pid = freezer_fork_apart(agent);
+    pid_t pid = how(agent);
     if (pid != 0 && setns(agent->world.pid_fd, CLONE_NEWPID) < 0) {
         int error = errno;
         if (pid > 0) {
@@ -250,6 +254,17 @@ pid_t world_fork_apart(struct agent *agent) {
         return -1;
     }
     return pid;
+}
+
+/* A child in a PID namespace of its own beside the workload's, which sees nothing of it: neither a process
+ * nor a number that was used. When this child ends, the kernel has ended all that it made. */
+pid_t world_fork_apart(struct agent *agent) {
+    return fork_outside(agent, freezer_fork_apart);
+}
+
+/* A child of the agent's own kind: the workload neither sees nor freezes it. */
+pid_t world_fork_beside(struct agent *agent) {
+    return fork_outside(agent, plain_fork);
 }
 
 int world_start(struct agent *agent) {

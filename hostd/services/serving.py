@@ -6,17 +6,25 @@ the services port are taken there, too.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from contextlib import AsyncExitStack
 from pathlib import Path
 
-from controlplane.api.services import ServicePolicy
+from controlplane.api.services import Answerer, ServicePolicy
 from hostd.agentlink import AgentLink
 from hostd.services.account import Account
+from hostd.services.clock import clock_ns
 from hostd.services.sockets import SocketsTool, needed
 
 Tell = Callable[[str, str], None]
 """Puts a reason and a text for people into the event log."""
+
+
+async def keep_clock(policy: ServicePolicy, link: AgentLink, time_ns: Callable[[], int] = time.time_ns) -> None:
+    """The clock of `time: tool` shows what it should: it may have stood still, or its host's was set. AgentLost."""
+    if policy.time is Answerer.TOOL:
+        await link.clock(clock_ns(policy, time_ns()))
 
 
 async def serve(policy: ServicePolicy, port: Path, link: AgentLink, tell: Tell) -> SocketsTool | None:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-NAMES = {41: "socket", 42: "connect", 44: "sendto", 46: "sendmsg", 49: "bind", 50: "listen", 257: "openat"}
+NAMES = {
+    41: "socket", 42: "connect", 44: "sendto", 46: "sendmsg", 49: "bind", 50: "listen", 99: "sysinfo", 159: "adjtimex",
+    164: "settimeofday", 204: "sched_getaffinity", 227: "clock_settime", 257: "openat", 305: "clock_adjtime",
+}  # fmt: skip
 
 
 def syscall_name(number: int) -> str:

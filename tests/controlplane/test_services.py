@@ -10,7 +10,7 @@ import pytest
 
 from controlplane import codec, config
 from controlplane.api.errors import PolicyError
-from controlplane.api.policies import ANSWERERS, parse_policy, render_policy, require_servable
+from controlplane.api.policies import ANSWERERS, parse_change, parse_policy, render_policy, require_servable
 from controlplane.api.servicechange import ServiceChange, changed
 from controlplane.api.services import (
     ALL_KERNEL,
@@ -22,6 +22,7 @@ from controlplane.api.services import (
     Transport,
     parse_allow,
     parse_publish,
+    parse_time_offset,
 )
 from controlplane.api.status import Condition, parse_error
 from controlplane.api.v1 import sandboxes_pb2
@@ -129,7 +130,7 @@ def test_what_a_class_cannot_have_is_refused_by_name() -> None:
 
 @pytest.mark.parametrize("sandbox_class", SandboxClass)
 @pytest.mark.parametrize("answerer", [Answerer.TOOL, Answerer.DENY])
-@pytest.mark.parametrize("service", ["files", "secrets", "time", "sysview", "devices"])
+@pytest.mark.parametrize("service", ["files", "secrets", "devices"])
 def test_a_service_that_has_no_tool_yet_is_refused_by_name(
     service: str, answerer: Answerer, sandbox_class: SandboxClass
 ) -> None:
@@ -140,6 +141,49 @@ def test_a_service_that_has_no_tool_yet_is_refused_by_name(
     default = parse_policy(asked)
     with pytest.raises(Invalid, match=f"{service}: {answerer.value} is not to be had"):
         parse_services(sandboxes_pb2.ServicePolicy(), sandbox_class, default)
+
+
+@pytest.mark.parametrize("sandbox_class", [SandboxClass.USER_KERNEL, SandboxClass.HOST_KERNEL])
+@pytest.mark.parametrize("answerer", [Answerer.TOOL, Answerer.DENY])
+@pytest.mark.parametrize("service", ["time", "sysview"])
+def test_what_needs_a_kernel_of_ones_own_is_refused_to_classes_without_one(
+    service: str, answerer: Answerer, sandbox_class: SandboxClass
+) -> None:
+    asked = sandboxes_pb2.ServicePolicy()
+    setattr(asked, service, ANSWERERS[answerer])
+    with pytest.raises(Invalid, match=rf"{service}: {answerer.value} is not.*{sandbox_class.value}.*guest-kernel"):
+        parse_services(asked, sandbox_class, ALL_KERNEL)
+    assert parse_services(asked, SandboxClass.GUEST_KERNEL, ALL_KERNEL).of(Service(service)) is answerer
+
+
+@pytest.mark.parametrize(
+    ("text", "offset_ms"),
+    [
+        ("-1d", -86_400_000), ("+3h", 10_800_000), ("+1w2d3h4m5s", 788_645_000), ("-90s", -90_000),
+        ("2027-01-01T00:00:00Z", 1000), ("2027-01-01T01:00:00+01:00", 1000),
+    ],
+)  # fmt: skip
+def test_a_clock_is_told_by_an_offset_or_a_moment(text: str, offset_ms: int) -> None:
+    assert parse_time_offset(text, 1_798_761_599.0) == offset_ms
+    policy = ServicePolicy(time=Answerer.TOOL, time_offset_ms=offset_ms)
+    assert parse_policy(render_policy(policy)) == policy
+    assert codec.decode(ServicePolicy, codec.encode(policy), "here") == policy
+
+
+@pytest.mark.parametrize("text", ["", "3h", "+3", "-", "+1y", "2027-01-01T00:00:00", "tomorrow", "+99999w", "+1d 2h"])
+def test_a_clock_that_cannot_be_is_refused(text: str) -> None:
+    with pytest.raises(PolicyError):
+        parse_time_offset(text, 1_798_761_599.0)
+
+
+def test_a_clock_of_its_own_needs_its_tool_and_ends_with_it() -> None:
+    with pytest.raises(PolicyError, match="needs time: tool"):
+        parse_policy(sandboxes_pb2.ServicePolicy(time_offset_ms=1))
+    with pytest.raises(PolicyError, match="50 years"):
+        ServicePolicy(time=Answerer.TOOL, time_offset_ms=1 << 42)
+    default = ServicePolicy(time=Answerer.TOOL, time_offset_ms=5)
+    assert parse_policy(sandboxes_pb2.ServicePolicy(), default) == default
+    assert parse_policy(sandboxes_pb2.ServicePolicy(time=sandboxes_pb2.ANSWER_DENY), default).time_offset_ms == 0
 
 
 @pytest.mark.parametrize("sandbox_class", SandboxClass)
@@ -255,3 +299,9 @@ async def test_services_change_through_the_api_and_reach_the_host(plane: Plane) 
     with pytest.raises(grpc.aio.AioRpcError) as caught:
         await client.sandboxes.SetServices(stale)
     assert parse_error(caught.value).reason == "EtagMismatch"
+
+
+def test_a_clock_does_not_change_while_it_runs() -> None:
+    asked = sandboxes_pb2.ServicePolicy(time_offset_ms=1)
+    with pytest.raises(PolicyError, match="offset cannot change while it runs"):
+        parse_change(asked, replace_allow=False)

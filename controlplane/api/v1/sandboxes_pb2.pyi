@@ -316,6 +316,7 @@ class ServicePolicy(_message.Message):
     ALLOW_FIELD_NUMBER: _builtins.int
     PUBLISH_FIELD_NUMBER: _builtins.int
     WITHDRAWN_FIELD_NUMBER: _builtins.int
+    TIME_OFFSET_MS_FIELD_NUMBER: _builtins.int
     sockets: Global___Answerer.ValueType
     dns: Global___Answerer.ValueType
     files: Global___Answerer.ValueType
@@ -323,6 +324,8 @@ class ServicePolicy(_message.Message):
     time: Global___Answerer.ValueType
     sysview: Global___Answerer.ValueType
     devices: Global___Answerer.ValueType
+    time_offset_ms: _builtins.int
+    """time: tool: its clock shows the host's and so much more; within 50 years"""
     @_builtins.property
     def allow(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """sockets: tool: tcp:10.0.0.0/8:443, udp:1.1.1.1:53, tcp:*.example.org:80-90"""
@@ -348,10 +351,11 @@ class ServicePolicy(_message.Message):
         allow: _abc.Iterable[_builtins.str] | None = ...,
         publish: _abc.Iterable[_builtins.str] | None = ...,
         withdrawn: _abc.Iterable[_builtins.str] | None = ...,
+        time_offset_ms: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["allow", b"allow", "devices", b"devices", "dns", b"dns", "files", b"files", "publish", b"publish", "secrets", b"secrets", "sockets", b"sockets", "sysview", b"sysview", "time", b"time", "withdrawn", b"withdrawn"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["allow", b"allow", "devices", b"devices", "dns", b"dns", "files", b"files", "publish", b"publish", "secrets", b"secrets", "sockets", b"sockets", "sysview", b"sysview", "time", b"time", "time_offset_ms", b"time_offset_ms", "withdrawn", b"withdrawn"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

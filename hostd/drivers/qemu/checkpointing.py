@@ -41,6 +41,7 @@ from hostd.drivers.qemu.vcpus import plugged_count
 from hostd.drivers.qemu.vmm import Launch, Vmms
 from hostd.errors import CannotCheckpoint, CheckpointUnusable, StartFailed
 from hostd.journal import Handle
+from hostd.services.clock import clock_ns
 from hostd.services.serving import serve
 from hostd.spec import SandboxClass
 from hostd.tasks import to_its_end
@@ -209,7 +210,7 @@ class QemuCheckpointing:
             hostname=plan.spec.hostname.encode(),
             entropy=secrets.token_bytes(ENTROPY_BYTES),
             machine_id=machine_id_of(plan.spec),
-            time_unix_ns=self._time_ns(),
+            time_unix_ns=clock_ns(plan.spec.services, self._time_ns()),
         )
         await link.renew(renew)
         for process in others:

@@ -28,6 +28,7 @@ from hostd.drivers.qemu.control import Control
 from hostd.drivers.qemu.engine import QemuEngine
 from hostd.errors import CheckpointFailed, ControlLost, HostdError, NotRunning
 from hostd.memory.elasticfile import ELASTIC_NAME
+from hostd.services.serving import keep_clock
 from hostd.tasks import to_its_end
 
 FREEZE_DEADLINE_S = 5.0
@@ -141,6 +142,8 @@ async def let_go_on(engine: QemuEngine) -> None:
     """A guest that stands still goes on, its workload too. Idempotent. ControlLost, AgentLost."""
     await let_run(engine.control)
     await engine.link.thaw()
+    if engine.tool is not None:
+        await keep_clock(engine.tool.policy, engine.link)
 
 
 async def let_run(control: Control) -> None:

@@ -32,7 +32,7 @@ from hostd.drivers.seat import seat_of
 from hostd.errors import StartFailed, TemplateUnusable
 from hostd.journal import Handle
 from hostd.process import WatchedProcess, open_same
-from hostd.services.serving import serve
+from hostd.services.serving import keep_clock, serve
 from hostd.spec import MemoryShape
 from hostd.tasks import to_its_end
 
@@ -154,6 +154,7 @@ class QemuDriver:
             )
             stack.push_async_callback(link.close)
             await link.thaw()
+            await keep_clock(plan.spec.services, link, self._time_ns)
             if handle.template and self._cloner is not None:
                 await self._cloner.templates.adopt(handle.template, handle.pid)
             tool = await serve(plan.spec.services, folder / SERVICES_SOCKET, link, plan.tell)

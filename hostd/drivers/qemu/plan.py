@@ -17,6 +17,7 @@ from hostd.drivers.qemu.template import (
     layers_bucket_mib,
     template_key,
 )
+from hostd.services.clock import clock_ns
 from hostd.spec import BLOCK_MIB, MemoryShape, Resources, SandboxSpec, base_ram_mib, memory_shape
 
 VM_OVERHEAD_MIB = 256
@@ -149,6 +150,6 @@ def configure_for(spec: SandboxSpec, layers: tuple[bytes, ...], *, entropy: byte
         upper_mib=max(16, spec.resources.memory_max_mib // 2),
         entropy=entropy,
         machine_id=machine_id_of(spec),
-        time_unix_ns=now_ns,
+        time_unix_ns=clock_ns(spec.services, now_ns),
         deadline_ms=LAYER_DEADLINE_MS,
     )

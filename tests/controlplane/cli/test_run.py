@@ -246,3 +246,18 @@ def test_what_is_detached_begins_anew_elsewhere_unless_told_otherwise(fabric: Fa
         cli.ok("run", "-d", *options, "debian", "--", "three")
         request = next(request for name, request in fabric.calls if name == "CreateSandbox")
         assert request.spec.restart == policy
+
+
+@pytest.mark.parametrize(("offset", "offset_ms"), [("-1d", -86_400_000), ("+3h", 10_800_000)])
+def test_a_clock_is_asked_for_by_an_offset(fabric: FakeFabric, cli: Cli, offset: str, offset_ms: int) -> None:
+    fabric.programs["three"] = three
+    assert cli("run", "--name", "box", "--time-offset", offset, "debian", "--", "three", "-1d").code == 3
+    (box,) = fabric.sandboxes.values()
+    assert (box.spec.services.time, box.spec.services.time_offset_ms) == (sandboxes_pb2.ANSWER_TOOL, offset_ms)
+    assert box.spec.process.argv[-1] == "-1d"
+
+
+def test_a_clock_that_cannot_be_is_refused_before_anything_is_asked(fabric: FakeFabric, cli: Cli) -> None:
+    done = cli("run", "--time-offset", "soon", "debian", "--", "true")
+    assert done.code == 125 and "--time-offset cannot be read" in done.err and "2027-01-01" in done.err
+    assert fabric.sandboxes == {}
